@@ -1,0 +1,163 @@
+"""transferkit: transfer learning for image classification on PyTorch.
+
+Names are loaded when they are first used, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transferkit import (
+        data,
+        errors,
+        evaluation,
+        images,
+        inference,
+        models,
+        plots,
+        testing,
+        training,
+    )
+    from transferkit.artifacts import load_artifact, save_artifact
+    from transferkit.data import Batch, ImageDataset, ImageLoader, ImageSplits, load_folders
+    from transferkit.errors import TransferkitError
+    from transferkit.images import Preprocess, decode_image
+    from transferkit.inference import Prediction, Predictor
+    from transferkit.models import (
+        BackboneSpec,
+        Classifier,
+        FreezePlan,
+        build_model,
+        get_backbone,
+        list_backbones,
+        register_backbone,
+    )
+    from transferkit.plots import (
+        image_grid,
+        imshow,
+        plot_history,
+        show_batch,
+        show_prediction,
+        show_predictions,
+    )
+    from transferkit.training import (
+        Callback,
+        CSVLog,
+        EarlyStopping,
+        History,
+        Recipe,
+        Trainer,
+        list_schedulers,
+        register_scheduler,
+    )
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackboneSpec",
+    "Batch",
+    "CSVLog",
+    "Callback",
+    "Classifier",
+    "EarlyStopping",
+    "FreezePlan",
+    "History",
+    "ImageDataset",
+    "ImageLoader",
+    "ImageSplits",
+    "Prediction",
+    "Predictor",
+    "Preprocess",
+    "Recipe",
+    "Trainer",
+    "TransferkitError",
+    "__version__",
+    "build_model",
+    "data",
+    "decode_image",
+    "errors",
+    "evaluation",
+    "get_backbone",
+    "image_grid",
+    "images",
+    "imshow",
+    "inference",
+    "list_backbones",
+    "list_schedulers",
+    "load_artifact",
+    "load_folders",
+    "models",
+    "plot_history",
+    "plots",
+    "register_backbone",
+    "register_scheduler",
+    "save_artifact",
+    "show_batch",
+    "show_prediction",
+    "show_predictions",
+    "testing",
+    "training",
+]
+
+_ROOMS = (
+    "data",
+    "errors",
+    "evaluation",
+    "images",
+    "inference",
+    "models",
+    "plots",
+    "testing",
+    "training",
+)
+_HOMES = {
+    "artifacts": ("load_artifact", "save_artifact"),
+    "data": ("Batch", "ImageDataset", "ImageLoader", "ImageSplits", "load_folders"),
+    "errors": ("TransferkitError",),
+    "images": ("Preprocess", "decode_image"),
+    "inference": ("Prediction", "Predictor"),
+    "models": (
+        "BackboneSpec",
+        "Classifier",
+        "FreezePlan",
+        "build_model",
+        "get_backbone",
+        "list_backbones",
+        "register_backbone",
+    ),
+    "plots": (
+        "image_grid",
+        "imshow",
+        "plot_history",
+        "show_batch",
+        "show_prediction",
+        "show_predictions",
+    ),
+    "training": (
+        "CSVLog",
+        "Callback",
+        "EarlyStopping",
+        "History",
+        "Recipe",
+        "Trainer",
+        "list_schedulers",
+        "register_scheduler",
+    ),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"transferkit.{name}")
+    if name in _HOME_OF:
+        value = getattr(importlib.import_module(f"transferkit.{_HOME_OF[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module `transferkit` has no attribute `{name}`")
+
+
+def __dir__() -> list[str]:
+    return __all__

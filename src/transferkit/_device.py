@@ -1,0 +1,68 @@
+"""Choosing the device, and saying in words which one it is."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+
+from transferkit.errors import ConfigError
+
+
+def resolve_device(device: str | torch.device = "auto") -> torch.device:
+    """Turn a device choice into a `torch.device` that this machine has.
+
+    Args:
+        device: "auto" takes the accelerator that PyTorch finds (CUDA, MPS, XPU, MTIA),
+            else the CPU. Any other value names a device: "cpu", "cuda:1".
+
+    Returns:
+        The device.
+
+    Raises:
+        ConfigError: The name is no device, or this machine does not have it.
+
+    Example:
+        >>> resolve_device("cpu")
+        device(type='cpu')
+    """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if isinstance(device, str) and device == "auto":
+        return accelerator or torch.device("cpu")
+    try:
+        wanted = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(
+            f'`device` should be "auto", "cpu" or the name of an accelerator such as '
+            f'"cuda:0", found {device!r}.'
+        ) from error
+    if wanted.type in ("cpu", "meta"):
+        return wanted
+    if accelerator is None or wanted.type != accelerator.type:
+        found = accelerator.type if accelerator else "no accelerator"
+        raise ConfigError(
+            f"Device `{wanted}` is not available: PyTorch finds {found} on this machine. "
+            f'Use `device="auto"` or `device="cpu"`.'
+        )
+    count = torch.accelerator.device_count()
+    if wanted.index is not None and wanted.index >= count:
+        raise ConfigError(
+            f"Device `{wanted}` is not available: this machine has {count} of that type, "
+            f"numbered from 0."
+        )
+    return wanted
+
+
+def describe_device(device: torch.device) -> str:
+    """Say in words what `device` is: its name, and for a CPU the number of threads.
+
+    Example:
+        >>> describe_device(torch.device("cpu")).startswith("cpu (")
+        True
+    """
+    if device.type == "cpu":
+        threads = torch.get_num_threads()
+        return f"cpu ({platform.machine()}, {threads} thread{'s' if threads != 1 else ''})"
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return str(device)

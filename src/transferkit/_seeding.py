@@ -1,0 +1,83 @@
+"""Randomness that a seed rules, without touching the caller's random state."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from transferkit.errors import ConfigError
+
+MAX_SEED = 2**32 - 1
+
+
+def check_seed(seed: int) -> int:
+    """Return `seed` when it is an int in [0, 2**32 - 1].
+
+    Raises:
+        ConfigError: It is something else.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
+        raise ConfigError(f"`seed` should be an integer from 0 to {MAX_SEED}, found {seed!r}.")
+    return seed
+
+
+@contextmanager
+def seeded(*entropy: int) -> Iterator[None]:
+    """Run a block with the CPU generators seeded from `entropy`, then put them back.
+
+    Python's, NumPy's and PyTorch's global generators are all seeded, since a user's
+    augmentation may draw from any of them.
+
+    Args:
+        *entropy: Non-negative integers, such as (seed, epoch, index).
+
+    Example:
+        >>> with seeded(0, 1, 2):
+        ...     first = torch.rand(1)
+        >>> with seeded(0, 1, 2):
+        ...     second = torch.rand(1)
+        >>> bool(first == second)
+        True
+    """
+    words = np.random.SeedSequence(entropy).generate_state(3)
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    torch_state = torch.get_rng_state()
+    try:
+        random.seed(int(words[0]))
+        np.random.seed(int(words[1]))
+        torch.default_generator.manual_seed(int(words[2]))
+        yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
+
+
+@contextmanager
+def seeded_torch(seed: int, device: torch.device) -> Iterator[None]:
+    """Run a block with PyTorch seeded on the CPU and on `device`, then put both back.
+
+    Args:
+        seed: The seed, in [0, 2**32 - 1].
+        device: The device whose generator is seeded beside the CPU's.
+    """
+    if device.type == "mps":  # Its one generator has calls of its own.
+        state = torch.mps.get_rng_state()
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                yield
+        finally:
+            torch.mps.set_rng_state(state)
+        return
+    accelerated = device.type not in ("cpu", "meta")
+    with torch.random.fork_rng(
+        devices=[device] if accelerated else [],
+        device_type=device.type if accelerated else "cuda",
+    ):
+        torch.manual_seed(seed)
+        yield

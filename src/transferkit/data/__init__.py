@@ -1,0 +1,21 @@
+"""Many pictures: folders, class names, splits, and the order in which they are seen.
+
+Class indices come from the sorted class names of the training split and are pinned by name
+in every other split. Order and augmentation are pure functions of (seed, epoch, index).
+This room may import `images` and the errors.
+"""
+
+from transferkit.data import ants_bees
+from transferkit.data.dataset import ImageDataset, ImageSplits, SkippedFile
+from transferkit.data.folders import load_folders
+from transferkit.data.loader import Batch, ImageLoader
+
+__all__ = [
+    "Batch",
+    "ImageDataset",
+    "ImageLoader",
+    "ImageSplits",
+    "SkippedFile",
+    "ants_bees",
+    "load_folders",
+]

@@ -1,0 +1,131 @@
+"""One pass over a split without training: loss, accuracy and who is taken for whom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from transferkit.data import Batch
+from transferkit.errors import DataError
+from transferkit.evaluation.metrics import class_accuracies, confusion_matrix
+from transferkit.models import Classifier
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one pass over a split found.
+
+    Args:
+        loss: Mean of the criterion over the images.
+        accuracy: Share of images whose class was predicted, in [0, 1].
+        num_images: The number of images.
+        class_names: The names of the classes, by index.
+        confusion: int64 `(C, C)`, true class by predicted class.
+    """
+
+    loss: float
+    accuracy: float
+    num_images: int
+    class_names: tuple[str, ...]
+    confusion: npt.NDArray[np.int64]
+
+    @property
+    def class_accuracies(self) -> dict[str, float]:
+        """The accuracy within each class; NaN for a class without images."""
+        values = class_accuracies(self.confusion).tolist()
+        return dict(zip(self.class_names, values, strict=True))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the numbers as plain JSON data; a class without images has None."""
+        return {
+            "loss": self.loss,
+            "accuracy": self.accuracy,
+            "num_images": self.num_images,
+            "class_accuracies": {
+                name: None if value != value else value
+                for name, value in self.class_accuracies.items()
+            },
+            "confusion": self.confusion.tolist(),
+        }
+
+
+class RunningMean:
+    """Average a loss and count hits over batches of different sizes, on the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.num_images = 0
+        # Sums stay on the device: reading one back each step would make the device wait.
+        dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64.
+        self._loss = torch.zeros((), device=device, dtype=dtype)
+        self._hits = torch.zeros((), device=device, dtype=torch.int64)
+
+    def add(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
+        """Add a batch: its mean loss, its logits `(N, C)` and its targets `(N,)`."""
+        self.num_images += len(targets)
+        self._loss += loss.detach().to(self._loss.dtype) * len(targets)
+        self._hits += (logits.detach().argmax(dim=1) == targets).sum()
+
+    @property
+    def loss(self) -> float:
+        """The mean loss over all images added."""
+        return self._loss.item() / self.num_images
+
+    @property
+    def accuracy(self) -> float:
+        """The share of images predicted right."""
+        return self._hits.item() / self.num_images
+
+
+def evaluate_model(
+    model: Classifier,
+    batches: Iterable[Batch],
+    *,
+    class_names: tuple[str, ...],
+    criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> Evaluation:
+    """Evaluate a model on batches.
+
+    Args:
+        model: The model; in eval mode for the pass, afterwards in the mode it was in.
+        batches: Batches of images float32 `(N, 3, H, W)` with targets `(N,)`.
+        class_names: The names of the classes, by index.
+        criterion: Maps logits `(N, C)` and targets `(N,)` to the batch's mean loss; None
+            takes cross-entropy.
+
+    Returns:
+        The numbers, each image counted once whatever the batches' sizes.
+
+    Raises:
+        DataError: There are no batches.
+    """
+    criterion = criterion or nn.CrossEntropyLoss()
+    device = next(model.parameters()).device
+    mean = RunningMean(device)
+    pairs: list[tuple[Tensor, Tensor]] = []
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            for batch in batches:
+                images, targets, _ = batch.to(device)
+                logits = model(images)
+                mean.add(criterion(logits, targets), logits, targets)
+                pairs.append((logits.argmax(dim=1), targets))
+    finally:
+        model.train(was_training)
+    if not mean.num_images:
+        raise DataError("There is nothing to evaluate: the batches hold no images.")
+    predictions, all_targets = (torch.cat(each) for each in zip(*pairs, strict=True))
+    return Evaluation(
+        loss=mean.loss,
+        accuracy=mean.accuracy,
+        num_images=mean.num_images,
+        class_names=class_names,
+        confusion=confusion_matrix(predictions, all_targets, num_classes=len(class_names)),
+    )

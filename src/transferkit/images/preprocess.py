@@ -1,0 +1,218 @@
+"""`Preprocess`: the way from pixels to the network's input, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from transferkit.errors import ConfigError
+from transferkit.images.augment import Augmentation, make_augmentation
+
+Transform: TypeAlias = "Callable[[Tensor], Tensor]"
+"""A callable from pixels uint8 (3, H, W) to the network's input float32 (3, h, w)."""
+
+Interpolation: TypeAlias = Literal["bilinear", "bicubic"]
+ResizeMode: TypeAlias = Literal["shorter", "squash"]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocess:
+    """Describe how pixels become the input of a network.
+
+    The description comes from the backbone's weights, travels in the artifact and builds
+    both transforms, so that prediction never guesses.
+
+    Args:
+        crop_size: Height and width in pixels of what the network sees.
+        resize_size: Size in pixels to resize to before the centre crop; at least `crop_size`.
+        resize_mode: "shorter" brings the shorter side to `resize_size` and keeps the
+            proportions; "squash" makes a square of it.
+        interpolation: Resampling, always antialiased.
+        mean: Mean of each channel, RGB, for pixels in [0, 1].
+        std: Standard deviation of each channel, RGB, for pixels in [0, 1].
+
+    Raises:
+        ConfigError: A value cannot work.
+
+    Example:
+        >>> preprocess = Preprocess(crop_size=224, resize_size=256)
+        >>> preprocess.eval()(torch.zeros(3, 300, 400, dtype=torch.uint8)).shape
+        torch.Size([3, 224, 224])
+        >>> print(preprocess.describe())
+        shorter side to 256 (bilinear), centre crop 224x224, \
+mean (0.485, 0.456, 0.406), std (0.229, 0.224, 0.225)
+    """
+
+    crop_size: int = 224
+    resize_size: int = 256
+    resize_mode: ResizeMode = "shorter"
+    interpolation: Interpolation = "bilinear"
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        for name in ("crop_size", "resize_size"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"`{name}` should be an integer of at least 1, found {value!r}.")
+        if self.resize_size < self.crop_size:
+            raise ConfigError(
+                f"`resize_size` should be at least `crop_size` ({self.crop_size}), "
+                f"found {self.resize_size}."
+            )
+        _check_choice("resize_mode", self.resize_mode, get_args(ResizeMode))
+        _check_choice("interpolation", self.interpolation, get_args(Interpolation))
+        object.__setattr__(self, "mean", _check_channels("mean", self.mean))
+        object.__setattr__(self, "std", _check_channels("std", self.std))
+        if min(self.std) <= 0:
+            raise ConfigError(f"`std` should be above 0 in every channel, found {self.std}.")
+
+    def eval(self) -> Transform:
+        """Build the deterministic transform for validation and prediction.
+
+        Returns:
+            A callable from uint8 `(3, H, W)` to float32 `(3, crop_size, crop_size)`.
+        """
+        return _EvalTransform(self)
+
+    def train(self, augmentation: str | Augmentation = "tutorial") -> Transform:
+        """Build the random transform for training.
+
+        Args:
+            augmentation: A preset's name (`list_augmentations()` names them) or any
+                callable from uint8 `(3, H, W)` to uint8 `(3, crop_size, crop_size)`,
+                such as a torchvision v2 transform. Its randomness comes from PyTorch's
+                global generator, which the loader seeds by (seed, epoch, index).
+
+        Returns:
+            A callable from uint8 `(3, H, W)` to float32 `(3, crop_size, crop_size)`.
+
+        Raises:
+            UnknownNameError: No preset has this name.
+        """
+        if isinstance(augmentation, str):
+            augmentation = make_augmentation(
+                augmentation, size=self.crop_size, interpolation=self.interpolation
+            )
+        return _TrainTransform(self, augmentation)
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """Turn pixels into normalised values.
+
+        Args:
+            pixels: uint8 `(..., 3, H, W)` in [0, 255].
+
+        Returns:
+            float32 of the same shape, `(pixels / 255 - mean) / std`.
+        """
+        return F.normalize(F.to_dtype(pixels, torch.float32, scale=True), self.mean, self.std)
+
+    def denormalize(self, images: Tensor) -> Tensor:
+        """Undo `normalize` up to the rounding to 8 bits, for looking at the result.
+
+        Args:
+            images: Normalised float `(..., 3, H, W)`. Not changed.
+
+        Returns:
+            float32 of the same shape on the same device, clipped to [0, 1].
+        """
+        shape = (3, 1, 1)
+        mean = torch.tensor(self.mean, device=images.device).view(shape)
+        std = torch.tensor(self.std, device=images.device).view(shape)
+        return (images.float() * std + mean).clamp(0.0, 1.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the description as plain JSON data."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Preprocess:
+        """Build the description from what `to_dict` returned.
+
+        Raises:
+            ConfigError: A field is missing, unknown or has a value that cannot work.
+        """
+        names = {field.name for field in fields(cls)}
+        if set(data) != names:
+            raise ConfigError(
+                f"A preprocess description should have the fields {sorted(names)}, "
+                f"found {sorted(data)}."
+            )
+        return cls(**data)
+
+    def describe(self) -> str:
+        """Return the description in words."""
+        resize = (
+            f"shorter side to {self.resize_size}"
+            if self.resize_mode == "shorter"
+            else f"resize to {self.resize_size}x{self.resize_size}"
+        )
+        mean, std = (tuple(round(value, 4) for value in each) for each in (self.mean, self.std))
+        return (
+            f"{resize} ({self.interpolation}), centre crop {self.crop_size}x{self.crop_size}, "
+            f"mean {mean}, std {std}"
+        )
+
+
+@dataclass(frozen=True)
+class _EvalTransform:
+    """Resize, crop and normalise; a class rather than a closure, so that workers can pickle it."""
+
+    preprocess: Preprocess
+
+    def __call__(self, image: Tensor) -> Tensor:
+        spec = self.preprocess
+        squash = spec.resize_mode == "squash"
+        size = [spec.resize_size, spec.resize_size] if squash else [spec.resize_size]
+        mode = InterpolationMode(spec.interpolation)
+        image = F.resize(image, size, interpolation=mode, antialias=True)
+        return spec.normalize(F.center_crop(image, [spec.crop_size, spec.crop_size]))
+
+
+@dataclass(frozen=True)
+class _TrainTransform:
+    """Augment and normalise."""
+
+    preprocess: Preprocess
+    augmentation: Augmentation
+
+    def __call__(self, image: Tensor) -> Tensor:
+        image = self.augmentation(image)
+        size = self.preprocess.crop_size
+        if image.dtype != torch.uint8 or image.shape != (3, size, size):
+            raise ConfigError(
+                f"An augmentation should return uint8 (3, {size}, {size}), found "
+                f"{str(image.dtype).removeprefix('torch.')} {tuple(image.shape)}. "
+                f"Normalisation is done after it."
+            )
+        return self.preprocess.normalize(image)
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(
+            f"`{name}` should be one of {', '.join(map(repr, choices))}, found {value!r}."
+        )
+
+
+def _check_channels(name: str, values: Any) -> tuple[float, float, float]:
+    try:
+        red, green, blue = (float(value) for value in values)
+    except (TypeError, ValueError):
+        raise ConfigError(
+            f"`{name}` should be three numbers, one for each of red, green and blue, "
+            f"found {values!r}."
+        ) from None
+    return red, green, blue

@@ -1,0 +1,10 @@
+"""Prediction: from an artifact and a picture to a label.
+
+This room may import `artifacts`, `evaluation`, `models`, `data`, `images` and the errors,
+and does not know `training`.
+"""
+
+from transferkit.inference.prediction import ClassProbability, Prediction
+from transferkit.inference.predictor import Predictor
+
+__all__ = ["ClassProbability", "Prediction", "Predictor"]

@@ -1,0 +1,64 @@
+"""What a prediction says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class ClassProbability(NamedTuple):
+    """One class with its probability.
+
+    Args:
+        label: The class's name.
+        index: The class's index.
+        probability: Softmax of the logits, in [0, 1].
+    """
+
+    label: str
+    index: int
+    probability: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model says about one picture.
+
+    Args:
+        top_k: The likeliest classes, from high to low; their probabilities sum to at most 1.
+        path: The picture's path, where it came from one.
+
+    Example:
+        >>> prediction = Prediction((ClassProbability("ants", 0, 0.9),))
+        >>> prediction.label, prediction.probability
+        ('ants', 0.9)
+    """
+
+    top_k: tuple[ClassProbability, ...]
+    path: Path | None = None
+
+    @property
+    def label(self) -> str:
+        """The name of the likeliest class."""
+        return self.top_k[0].label
+
+    @property
+    def index(self) -> int:
+        """The index of the likeliest class."""
+        return self.top_k[0].index
+
+    @property
+    def probability(self) -> float:
+        """The probability of the likeliest class, in [0, 1]."""
+        return self.top_k[0].probability
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the prediction as plain JSON data."""
+        return {
+            "path": None if self.path is None else str(self.path),
+            "label": self.label,
+            "index": self.index,
+            "probability": self.probability,
+            "top_k": [each._asdict() for each in self.top_k],
+        }

@@ -1,0 +1,133 @@
+"""`build_model`: from a backbone's name to a classifier that is ready to train."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from transferkit._seeding import check_seed, seeded_torch
+from transferkit.errors import ConfigError, WeightsError
+from transferkit.images import Preprocess
+from transferkit.models.classifier import Classifier
+from transferkit.models.freezing import BatchNormMode, FreezePlan
+from transferkit.models.registry import get_backbone
+from transferkit.models.spec import BackboneSpec
+from transferkit.models.weights import load_into, read_state_dict
+
+
+def build_model(
+    backbone: str | BackboneSpec | nn.Module,
+    num_classes: int,
+    *,
+    freeze: str | Sequence[str] | FreezePlan = "none",
+    bn: BatchNormMode = "frozen",
+    weights: str | os.PathLike[str] | None = "default",
+    seed: int = 0,
+    num_features: int | None = None,
+    preprocess: Preprocess | None = None,
+) -> Classifier:
+    """Build a classifier: a backbone with its weights and a new linear head.
+
+    Args:
+        backbone: A name (`list_backbones()` names them, `timm:<name>` any model of timm), a
+            `BackboneSpec`, or a network of your own that gives features `(N, D)`; the
+            network is taken as it is, not copied.
+        num_classes: The number of classes, at least 2.
+        freeze: What does not train: "none" for fine-tuning, "backbone" for linear probing,
+            globs over parameter names, or a `FreezePlan`.
+        bn: What BatchNorm in frozen modules does: "frozen" stands still, "adapt" follows the
+            training batches, as in the PyTorch lesson on transfer learning.
+        weights: "default" loads the backbone's own weights from the cache, a package or the
+            network; None keeps random ones; a path reads a `.pth` or `.safetensors` state
+            dict in the provider's names. A network of your own keeps its weights unless
+            a path is given.
+        seed: Rules all random weights. The caller's random state is left alone.
+        num_features: The D of a network of your own; only for that case.
+        preprocess: Takes the place of the backbone's own preprocessing. The default for
+            a network of your own is 224 pixels with the ImageNet mean and std.
+
+    Returns:
+        The classifier, on the CPU, in training mode.
+
+    Raises:
+        UnknownNameError: There is no such backbone.
+        WeightsError: The weights cannot be found, read or fitted.
+        FreezeError: A freeze pattern matches nothing.
+        ConfigError: Another argument cannot work.
+        MissingDependencyError: The backbone needs a package that is not installed.
+
+    Example:
+        >>> model = build_model("resnet18", num_classes=2, weights=None, freeze="backbone")
+        >>> model.num_trainable_parameters
+        1026
+    """
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 2:
+        raise ConfigError(
+            f"`num_classes` should be an integer of at least 2, found {num_classes!r}."
+        )
+    plan = FreezePlan.parse(freeze, bn=bn)
+    spec = _resolve_spec(backbone, num_features, preprocess)
+    with seeded_torch(check_seed(seed), torch.device("cpu")):
+        network, dim = spec.build_features()
+        model = Classifier(
+            network,
+            num_features=dim,
+            num_classes=num_classes,
+            backbone_name=spec.name,
+            preprocess=preprocess or spec.preprocess,
+        )
+    _load_weights(model.backbone, spec, weights, own_network=isinstance(backbone, nn.Module))
+    return model.freeze(plan).train()
+
+
+def _resolve_spec(
+    backbone: str | BackboneSpec | nn.Module,
+    num_features: int | None,
+    preprocess: Preprocess | None,
+) -> BackboneSpec:
+    if isinstance(backbone, nn.Module):
+        if num_features is None:
+            raise ConfigError(
+                "A network of your own needs `num_features`, the D of its features (N, D)."
+            )
+        return BackboneSpec(
+            name=type(backbone).__qualname__,
+            build=lambda: backbone,
+            num_features=num_features,
+            preprocess=preprocess or Preprocess(),
+        )
+    if num_features is not None:
+        raise ConfigError(
+            "`num_features` is for a network of your own; a named backbone knows it. Leave it out."
+        )
+    if isinstance(backbone, BackboneSpec):
+        return backbone
+    if isinstance(backbone, str):
+        return get_backbone(backbone)
+    raise ConfigError(
+        f"`backbone` should be a name, a BackboneSpec or an nn.Module, "
+        f"found {type(backbone).__name__}."
+    )
+
+
+def _load_weights(
+    network: nn.Module,
+    spec: BackboneSpec,
+    weights: str | os.PathLike[str] | None,
+    *,
+    own_network: bool,
+) -> None:
+    if weights is None or (own_network and weights == "default"):
+        return
+    if weights != "default":
+        load_into(network, read_state_dict(weights), spec)
+        return
+    if spec.load_weights is None:
+        raise WeightsError(
+            f"Backbone `{spec.name}` has no default weights. Pass a file as `weights=PATH` or "
+            f"keep random weights with `weights=None`."
+        )
+    load_into(network, spec.load_weights(), spec)

@@ -1,0 +1,265 @@
+"""Pictures of pictures, of predictions and of histories; the one room with matplotlib.
+
+Every function takes and returns matplotlib Axes, changes nothing that it is given, never
+calls `show()`, and works without a screen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import matplotlib.pyplot as plt
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from transferkit.data import Batch, ImageDataset
+from transferkit.errors import ConfigError, DataError
+from transferkit.images import ImageSource, Preprocess, decode_image
+from transferkit.inference import Prediction, Predictor
+from transferkit.models import Classifier
+from transferkit.training import History
+
+__all__ = [
+    "image_grid",
+    "imshow",
+    "plot_history",
+    "show_batch",
+    "show_prediction",
+    "show_predictions",
+]
+
+AxesArray: TypeAlias = "npt.NDArray[Any]"
+"""An array of Axes, object dtype, in reading order."""
+
+CELL_INCHES = 2.4
+
+
+def imshow(
+    image: ImageSource,
+    *,
+    title: str | None = None,
+    preprocess: Preprocess | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw one picture.
+
+    Args:
+        image: Path, bytes, PIL image, array uint8 `(H, W, 3)`, tensor uint8 `(3, H, W)`, or
+            a float tensor `(3, H, W)`: normalised where `preprocess` is given, otherwise
+            in [0, 1]. Floats are clipped to [0, 1].
+        title: Text above it.
+        preprocess: Undoes its normalisation.
+        ax: Where to draw; None makes a new figure.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        ImageError: It cannot be read as a picture.
+        ConfigError: A float tensor has another shape, or `preprocess` is given for pixels.
+
+    Example:
+        >>> ax = imshow(torch.zeros(3, 4, 6), title="black")
+        >>> ax.get_title(), ax.images[0].get_array().shape
+        ('black', (4, 6, 3))
+    """
+    pixels = _to_pixels(image, preprocess)
+    if ax is None:
+        _, ax = plt.subplots()
+    ax.imshow(pixels.permute(1, 2, 0).numpy())
+    ax.set_axis_off()
+    if title is not None:
+        # Class names are the user's own: a dollar sign in one is no formula.
+        ax.set_title(title, parse_math=False)
+    return ax
+
+
+def _to_pixels(image: ImageSource, preprocess: Preprocess | None) -> Tensor:
+    """Return what matplotlib draws: uint8, or float in [0, 1], `(3, H, W)` on the CPU."""
+    if isinstance(image, Tensor) and image.is_floating_point():
+        if image.dim() != 3 or image.shape[0] != 3:
+            raise ConfigError(
+                f"A float picture should be a tensor (3, H, W), found {tuple(image.shape)}."
+            )
+        image = image.detach()
+        return (
+            image.float().clamp(0, 1) if preprocess is None else preprocess.denormalize(image)
+        ).cpu()
+    if preprocess is not None:
+        raise ConfigError(
+            "`preprocess` undoes the normalisation of a float tensor; this picture is not "
+            "normalised. Leave it out."
+        )
+    return decode_image(image).cpu()
+
+
+def image_grid(
+    images: Sequence[ImageSource] | Tensor,
+    *,
+    titles: Sequence[str] | None = None,
+    num_columns: int = 4,
+    preprocess: Preprocess | None = None,
+) -> AxesArray:
+    """Draw pictures in a grid, in reading order.
+
+    Args:
+        images: What `imshow` takes, or one tensor `(N, 3, H, W)`.
+        titles: A text for each.
+        num_columns: Columns of the grid, at least 1.
+        preprocess: Undoes the normalisation of float tensors.
+
+    Returns:
+        The N Axes, in order.
+
+    Raises:
+        ConfigError: There are no pictures, or not as many titles as pictures.
+    """
+    if not len(images):
+        raise ConfigError("A grid needs at least one picture, found none.")
+    if titles is not None and len(titles) != len(images):
+        raise ConfigError(f"Found {len(images)} pictures and {len(titles)} titles.")
+    if num_columns < 1:
+        raise ConfigError(f"`num_columns` should be at least 1, found {num_columns}.")
+    columns = min(num_columns, len(images))
+    rows = -(-len(images) // columns)
+    figure, axes = plt.subplots(
+        rows,
+        columns,
+        figsize=(CELL_INCHES * columns, CELL_INCHES * rows),
+        squeeze=False,
+        layout="constrained",
+    )
+    for ax in axes.flat[len(images) :]:
+        ax.remove()
+    cells: AxesArray = axes.flatten()[: len(images)]
+    for place, (ax, image) in enumerate(zip(cells, images, strict=True)):
+        title = titles[place] if titles is not None else None
+        imshow(image, title=title, preprocess=preprocess, ax=ax)
+    return cells
+
+
+def show_batch(
+    batch: Batch,
+    *,
+    class_names: Sequence[str],
+    preprocess: Preprocess,
+    num_images: int = 16,
+    num_columns: int = 4,
+) -> AxesArray:
+    """Draw a batch as the network sees it, with the class names above.
+
+    Args:
+        batch: Images float32 `(N, 3, H, W)`, normalised, with targets `(N,)`.
+        class_names: The names of the classes, by index.
+        preprocess: Undoes the normalisation.
+        num_images: Draw the first so many at most.
+        num_columns: Columns of the grid.
+
+    Returns:
+        The Axes, in order.
+    """
+    titles = [class_names[target] for target in batch.targets[:num_images].tolist()]
+    return image_grid(
+        batch.images[:num_images], titles=titles, num_columns=num_columns, preprocess=preprocess
+    )
+
+
+def show_predictions(
+    model: Classifier | Predictor,
+    dataset: ImageDataset,
+    *,
+    num_images: int = 6,
+    num_columns: int = 3,
+    seed: int = 0,
+) -> AxesArray:
+    """Draw pictures of a split with what the model predicts: `predicted: ants`.
+
+    A wrong prediction has a red title that names the true class too. The model's mode is
+    afterwards what it was.
+
+    Args:
+        model: The classifier, on any device, or a predictor.
+        dataset: The pictures, usually `data.val`.
+        num_images: How many to draw, at least 1; all where there are fewer.
+        num_columns: Columns of the grid.
+        seed: Rules which ones are drawn.
+
+    Returns:
+        The Axes, in order.
+
+    Raises:
+        DataError: The data set is empty.
+        ImageError: A picture cannot be read.
+    """
+    if not len(dataset):
+        raise DataError("There are no pictures to show: the data set is empty.")
+    if isinstance(model, Classifier):
+        device = next(model.parameters()).device
+        model = Predictor(model, class_names=dataset.class_names, device=device)
+    rng = np.random.default_rng(seed)
+    chosen = rng.choice(len(dataset), size=min(num_images, len(dataset)), replace=False)
+    paths = [dataset.paths[index] for index in chosen]
+    predictions = list(model.predict_many(paths))
+    cells = image_grid(paths, num_columns=num_columns)
+    for ax, index, prediction in zip(cells, chosen, predictions, strict=True):
+        truth = dataset.class_names[dataset.targets[index]]
+        right = prediction.label == truth
+        ax.set_title(
+            f"predicted: {prediction.label}" + ("" if right else f"\n(is {truth})"),
+            color="black" if right else "firebrick",
+            parse_math=False,
+        )
+    return cells
+
+
+def show_prediction(image: ImageSource, prediction: Prediction, *, ax: Axes | None = None) -> Axes:
+    """Draw one picture with its predicted class and probability above.
+
+    Args:
+        image: What `Predictor.predict` was given.
+        prediction: What it returned.
+        ax: Where to draw; None makes a new figure.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        ImageError: It cannot be read as a picture.
+    """
+    title = f"predicted: {prediction.label} ({prediction.probability:.1%})"
+    return imshow(image, title=title, ax=ax)
+
+
+def plot_history(history: History, *, axes: Sequence[Axes] | AxesArray | None = None) -> AxesArray:
+    """Draw loss and accuracy of both phases over the epochs, the best epoch marked.
+
+    Args:
+        history: At least one record.
+        axes: Two Axes, for loss and accuracy; None makes a new figure.
+
+    Returns:
+        The two Axes.
+
+    Raises:
+        DataError: The history has no record.
+        ConfigError: There are not two Axes.
+    """
+    best = history.best
+    if axes is None:
+        _, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    if len(axes) != 2:
+        raise ConfigError(f"`axes` should be two Axes, for loss and accuracy, found {len(axes)}.")
+    epochs = history.column("epoch")
+    for ax, name in zip(axes, ("loss", "accuracy"), strict=True):
+        for phase, style in (("train", "--"), ("val", "-")):
+            ax.plot(epochs, history.column(f"{phase}_{name}"), style, marker=".", label=phase)
+        ax.axvline(best.epoch, color="gray", linewidth=0.8, linestyle=":", label="best epoch")
+        ax.set_xlabel("epoch")
+        ax.set_ylabel(name)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.legend()
+    return np.asarray(axes, dtype=object)

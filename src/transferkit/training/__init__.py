@@ -1,0 +1,35 @@
+"""Training: the loop, what it is told by (recipes, schedulers) and what it tells (callbacks).
+
+This room may import `artifacts`, `evaluation`, `models`, `data`, `images` and the errors,
+and does not know `inference`.
+"""
+
+from transferkit.training.callbacks import Callback, CSVLog, EarlyStopping, EpochLog, ProgressBar
+from transferkit.training.history import EpochRecord, History
+from transferkit.training.optimizers import OptimizerFactory
+from transferkit.training.recipes import RECIPES, Recipe
+from transferkit.training.schedulers import (
+    Schedule,
+    SchedulerFactory,
+    list_schedulers,
+    register_scheduler,
+)
+from transferkit.training.trainer import Trainer
+
+__all__ = [
+    "RECIPES",
+    "CSVLog",
+    "Callback",
+    "EarlyStopping",
+    "EpochLog",
+    "EpochRecord",
+    "History",
+    "OptimizerFactory",
+    "ProgressBar",
+    "Recipe",
+    "Schedule",
+    "SchedulerFactory",
+    "Trainer",
+    "list_schedulers",
+    "register_scheduler",
+]

@@ -1,0 +1,51 @@
+"""Keeping the weights of the best epoch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from transferkit.training.history import EpochRecord, rank
+
+
+class BestWeights:
+    """Hold a copy of the weights of the best epoch offered so far.
+
+    Only what changes in training is copied: a frozen backbone of gigabytes costs nothing.
+    Before the first offer the copy is of the weights at the start.
+
+    Args:
+        model: The model whose weights are copied, and restored in place.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._rank: tuple[bool, float, float] | None = None
+        self._copy = self._clone()
+
+    def offer(self, record: EpochRecord) -> bool:
+        """Copy the present weights if this epoch is better than all before, and tell so."""
+        if self._rank is not None and rank(record) >= self._rank:
+            return False
+        # A new copy rather than a change of the old one: Ctrl-C may come in between.
+        self._copy = self._clone()
+        self._rank = rank(record)
+        return True
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the copy back into the model."""
+        for name, value in self._changing().items():
+            value.copy_(self._copy[name])
+
+    def _clone(self) -> dict[str, Tensor]:
+        return {name: value.clone() for name, value in self._changing().items()}
+
+    def _changing(self) -> dict[str, Tensor]:
+        """Return the trainable parameters and all buffers; a buffer may follow the batches."""
+        tensors: dict[str, Tensor] = {
+            name: each.detach()
+            for name, each in self._model.named_parameters()
+            if each.requires_grad
+        }
+        return tensors | dict(self._model.named_buffers())

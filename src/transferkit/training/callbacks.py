@@ -1,0 +1,197 @@
+"""Callbacks: what may watch a fit, write about it, or end it."""
+
+from __future__ import annotations
+
+import csv
+import os
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from transferkit._device import describe_device
+from transferkit._files import check_writable
+from transferkit.errors import ConfigError, OutputError
+from transferkit.training.history import EpochRecord, History, check_record_key
+
+if TYPE_CHECKING:
+    from transferkit.training.trainer import Trainer
+
+
+class Callback:
+    """Base of all callbacks: methods that do nothing. Override those that you need.
+
+    Order of the calls: `on_fit_start`; for each epoch `on_epoch_start`, `on_step_end` after
+    each optimizer update, `on_epoch_end`; `on_fit_end`, also after Ctrl-C and after an error.
+    A callback may set `trainer.should_stop = True` to end the fit after the epoch.
+    """
+
+    def on_fit_start(self, trainer: Trainer, num_epochs: int) -> None:
+        """Before the first epoch; the model is on its device, the optimizer is built."""
+
+    def on_epoch_start(self, trainer: Trainer, epoch: int) -> None:
+        """Before an epoch, numbered from 1."""
+
+    def on_step_end(self, trainer: Trainer, step: int) -> None:
+        """After an optimizer update, numbered from 1 within its epoch."""
+
+    def on_epoch_end(self, trainer: Trainer, record: EpochRecord) -> None:
+        """After both phases of an epoch; the record is in the trainer's history already."""
+
+    def on_fit_end(self, trainer: Trainer, history: History) -> None:
+        """After the last epoch; the best weights are back in the model."""
+
+
+class ProgressBar(Callback):
+    """Show a bar with the steps of the running epoch, on standard error.
+
+    Nothing is drawn where standard error is no terminal.
+    """
+
+    def __init__(self) -> None:
+        self._bar: tqdm[Any] | None = None
+        self._num_epochs = 0
+
+    def on_fit_start(self, trainer: Trainer, num_epochs: int) -> None:
+        """Note how many epochs there will be."""
+        self._num_epochs = num_epochs
+
+    def on_epoch_start(self, trainer: Trainer, epoch: int) -> None:
+        """Begin a bar."""
+        self._bar = tqdm(
+            total=trainer.steps_per_epoch,
+            desc=f"epoch {epoch}/{self._num_epochs}",
+            unit="step",
+            leave=False,
+            disable=None,  # tqdm's word for: only on a terminal
+        )
+
+    def on_step_end(self, trainer: Trainer, step: int) -> None:
+        """Move the bar."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def on_epoch_end(self, trainer: Trainer, record: EpochRecord) -> None:
+        """Remove the bar."""
+        self._close()
+
+    def on_fit_end(self, trainer: Trainer, history: History) -> None:
+        """Remove the bar of an epoch that was cut off."""
+        self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self._bar = None
+
+
+class EpochLog(Callback):
+    """Print a line for each epoch, and at the end the time and the best accuracy."""
+
+    def __init__(self) -> None:
+        self._num_epochs = 0
+
+    def on_fit_start(self, trainer: Trainer, num_epochs: int) -> None:
+        """Print what will be trained, and where."""
+        self._num_epochs = num_epochs
+        model = trainer.model
+        self._print(
+            f"Training {model.num_trainable_parameters:,} of {model.num_parameters:,} parameters "
+            f"of {model.backbone_name} on {describe_device(trainer.device)}, "
+            f"recipe {trainer.recipe.name}, seed {trainer.seed}"
+        )
+
+    def on_epoch_end(self, trainer: Trainer, record: EpochRecord) -> None:
+        """Print loss and accuracy of both phases."""
+        width = len(str(self._num_epochs))
+        self._print(
+            f"epoch {record.epoch:{width}}/{self._num_epochs}  "
+            f"train loss {record.train_loss:.4f} accuracy {record.train_accuracy:.4f}  "
+            f"val loss {record.val_loss:.4f} accuracy {record.val_accuracy:.4f}  "
+            f"{record.seconds:.1f} s"
+        )
+
+    def on_fit_end(self, trainer: Trainer, history: History) -> None:
+        """Print the elapsed time and the best epoch."""
+        if not history.records:
+            return
+        minutes, seconds = divmod(history.seconds, 60)
+        self._print(
+            f"{history.status.capitalize()} after {minutes:.0f} min {seconds:.0f} s. Best val accuracy "
+            f"{history.best.val_accuracy:.4f} in epoch {history.best.epoch}; its weights are kept."
+        )
+
+    def _print(self, text: str) -> None:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+
+class EarlyStopping(Callback):
+    """End the fit when a value has not improved for some epochs.
+
+    Args:
+        monitor: A record key; with "accuracy" in its name larger is better, else smaller.
+        patience: Epochs without improvement after which the fit ends, at least 1.
+        min_delta: What counts as an improvement, at least 0.
+
+    Raises:
+        ConfigError: A value cannot work.
+    """
+
+    def __init__(
+        self, *, monitor: str = "val_loss", patience: int = 5, min_delta: float = 0.0
+    ) -> None:
+        if patience < 1:
+            raise ConfigError(f"`patience` should be at least 1, found {patience}.")
+        if min_delta < 0:
+            raise ConfigError(f"`min_delta` should be at least 0, found {min_delta}.")
+        self.monitor = check_record_key(monitor)
+        self.patience, self.min_delta = patience, min_delta
+        self._best = float("-inf")
+        self._waited = 0
+
+    def on_fit_start(self, trainer: Trainer, num_epochs: int) -> None:
+        """Forget an earlier fit."""
+        self._best, self._waited = float("-inf"), 0
+
+    def on_epoch_end(self, trainer: Trainer, record: EpochRecord) -> None:
+        """Compare with the best so far."""
+        sign = 1.0 if "accuracy" in self.monitor else -1.0
+        value = sign * record.get(self.monitor)
+        if value > self._best + self.min_delta or self._best == float("-inf"):
+            self._best, self._waited = value, 0
+            return
+        self._waited += 1
+        if self._waited >= self.patience:
+            trainer.should_stop = True
+
+
+class CSVLog(Callback):
+    """Write the records to a CSV file, a row as soon as its epoch ends.
+
+    Args:
+        path: The file; one from an earlier fit is replaced when the fit starts.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = check_writable(Path(path))
+
+    def on_fit_start(self, trainer: Trainer, num_epochs: int) -> None:
+        """Begin the file with its header."""
+        self._write("w", [field.name for field in fields(EpochRecord)])
+
+    def on_epoch_end(self, trainer: Trainer, record: EpochRecord) -> None:
+        """Append the epoch's row."""
+        self._write("a", list(asdict(record).values()))
+
+    def _write(self, mode: str, row: list[Any]) -> None:
+        try:
+            with self.path.open(mode, newline="", encoding="utf-8") as file:
+                csv.writer(file).writerow(row)
+        except OSError as error:
+            raise OutputError(f"Cannot write `{self.path}`: {error.strerror}.") from error

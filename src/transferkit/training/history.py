@@ -1,0 +1,184 @@
+"""The history of a fit: plain records, one for each epoch."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from transferkit._files import write_text
+from transferkit.errors import ConfigError, DataError
+
+Status: TypeAlias = Literal["completed", "stopped", "interrupted", "failed"]
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """What one epoch gave.
+
+    Args:
+        epoch: Its number, from 1.
+        train_loss: Mean of the criterion over the training images as they were seen.
+        train_accuracy: Share of them predicted right, in [0, 1], while the model changed.
+        val_loss: Mean of the criterion over the validation images.
+        val_accuracy: Share of them predicted right, in [0, 1].
+        lr: Learning rate of the first parameter group at the epoch's start.
+        seconds: Duration of both phases.
+    """
+
+    epoch: int
+    train_loss: float
+    train_accuracy: float
+    val_loss: float
+    val_accuracy: float
+    lr: float
+    seconds: float
+
+    def get(self, key: str) -> float:
+        """Return the value called `key`: "val_loss", "val_accuracy" and so on.
+
+        Raises:
+            ConfigError: A record has no such value.
+        """
+        return float(getattr(self, check_record_key(key)))
+
+
+def check_record_key(key: str) -> str:
+    """Return `key` when records have a value of that name.
+
+    Raises:
+        ConfigError: They have not.
+    """
+    keys = [each.name for each in fields(EpochRecord)]
+    if key not in keys:
+        raise ConfigError(f"Unknown record key `{key}`. Epoch records have: {', '.join(keys)}.")
+    return key
+
+
+@dataclass
+class History:
+    """The records of a fit, in order, and what else is worth knowing about it.
+
+    Args:
+        records: One record for each completed epoch.
+        settings: What the fit was told, as plain data: recipe, seed, device and so on.
+        seconds: Duration of the whole fit.
+        status: How it ended: "completed", "stopped" by a callback, "interrupted" by Ctrl-C
+            or "failed" with an error.
+
+    Example:
+        >>> history = History([EpochRecord(1, 0.7, 0.5, 0.6, 0.8, 0.01, 2.0)])
+        >>> history.best.val_accuracy, history.column("train_loss")
+        (0.8, [0.7])
+        >>> History.from_json(history.to_json()) == history
+        True
+    """
+
+    records: list[EpochRecord] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    status: Status = "completed"
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __iter__(self) -> Iterator[EpochRecord]:
+        return iter(self.records)
+
+    def __getitem__(self, index: int) -> EpochRecord:
+        return self.records[index]
+
+    @property
+    def best(self) -> EpochRecord:
+        """The best epoch: highest validation accuracy, then lowest validation loss, then first.
+
+        Raises:
+            DataError: There is no record.
+        """
+        if not self.records:
+            raise DataError("The history has no record: no epoch was completed.")
+        return min(self.records, key=rank)
+
+    def column(self, key: str) -> list[float]:
+        """Return one value of all records, such as "val_accuracy".
+
+        Raises:
+            ConfigError: Records have no value of that name.
+        """
+        check_record_key(key)
+        return [record.get(key) for record in self.records]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the history as plain JSON data."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> History:
+        """Build a history from what `to_dict` returned.
+
+        Raises:
+            DataError: The data is not of that form.
+        """
+        try:
+            rest = {key: value for key, value in data.items() if key != "records"}
+            return cls([EpochRecord(**record) for record in data["records"]], **rest)
+        except (KeyError, TypeError) as error:
+            raise DataError(f"This is no history ({error}).") from error
+
+    def to_json(self) -> str:
+        """Return the history as JSON text; values that are not finite stand as null."""
+        data = self.to_dict()
+        data["records"] = [
+            {key: _finite_or_none(value) for key, value in record.items()}
+            for record in data["records"]
+        ]
+        return json.dumps(data, indent=2, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> History:
+        """Build a history from what `to_json` returned; null stands for NaN.
+
+        Raises:
+            DataError: The text is no JSON, or no history.
+        """
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise DataError(f"This is no history: the text is no JSON ({error}).") from error
+        history = cls.from_dict(data)
+        history.records = [
+            EpochRecord(
+                **{
+                    key: float("nan") if value is None else value
+                    for key, value in asdict(record).items()
+                }
+            )
+            for record in history.records
+        ]
+        return history
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the history as JSON to `path` and return the path.
+
+        Raises:
+            OutputError: The file cannot be written.
+        """
+        return write_text(path, self.to_json() + "\n")
+
+
+def rank(record: EpochRecord) -> tuple[bool, float, float]:
+    """Return the key by which epochs are compared; the smallest is the best.
+
+    Small validation splits have few different accuracies, so that ties are common: the
+    loss, which sees how sure the model is, breaks them. An epoch with a loss that is not
+    a number ranks last.
+    """
+    broken = record.val_loss != record.val_loss
+    return broken, -record.val_accuracy, record.val_loss
+
+
+def _finite_or_none(value: float) -> float | None:
+    return value if abs(value) < float("inf") else None

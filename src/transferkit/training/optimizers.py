@@ -1,0 +1,91 @@
+"""Optimizers by name, by factory, or ready made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from transferkit._registry import Registry
+from transferkit.errors import ConfigError
+from transferkit.models import Classifier
+
+
+class OptimizerFactory(Protocol):
+    """A callable that builds an optimizer over the parameters that train."""
+
+    def __call__(self, params: Iterable[nn.Parameter], /) -> Optimizer:
+        """Return the optimizer, with its own learning rate."""
+        ...
+
+
+_NAMED: Registry[Callable[..., Optimizer]] = Registry("optimizer", lister="list_optimizers()")
+_NAMED.add("sgd", torch.optim.SGD)
+_NAMED.add("adam", torch.optim.Adam)
+_NAMED.add("adamw", torch.optim.AdamW)
+
+
+def list_optimizers() -> list[str]:
+    """Return the names that `Trainer(optimizer=...)` takes, sorted.
+
+    Example:
+        >>> list_optimizers()
+        ['adam', 'adamw', 'sgd']
+    """
+    return _NAMED.names()
+
+
+def make_optimizer(
+    optimizer: str | OptimizerFactory | Optimizer,
+    model: Classifier,
+    *,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+) -> Optimizer:
+    """Build the optimizer over the model's parameters that train.
+
+    Args:
+        optimizer: "sgd", "adam" or "adamw"; a factory; or an optimizer over parameters
+            of this model, which is taken as it is.
+        model: The model.
+        lr: Learning rate; only for a name.
+        momentum: Momentum of "sgd", in [0, 1).
+        weight_decay: Weight decay, at least 0; only for a name.
+
+    Returns:
+        The optimizer. Frozen parameters are not in it.
+
+    Raises:
+        UnknownNameError: There is no such optimizer.
+        ConfigError: The optimizer holds other parameters than those that train.
+        FreezeError: All parameters are frozen.
+    """
+    parameters = list(model.trainable_parameters())
+    if isinstance(optimizer, str):
+        options: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
+        if optimizer == "sgd":
+            options["momentum"] = momentum
+        return _NAMED.get(optimizer)(parameters, **options)
+    built = optimizer if isinstance(optimizer, Optimizer) else optimizer(parameters)
+    _check_parameters(built, parameters)
+    return built
+
+
+def _check_parameters(optimizer: Optimizer, trainable: list[nn.Parameter]) -> None:
+    if not isinstance(optimizer, Optimizer):
+        raise ConfigError(
+            f"The optimizer factory should return a torch.optim.Optimizer, "
+            f"found {type(optimizer).__name__}."
+        )
+    held = {id(each) for group in optimizer.param_groups for each in group["params"]}
+    wanted = {id(each) for each in trainable}
+    if held != wanted:
+        raise ConfigError(
+            f"The optimizer should hold the model's {len(wanted)} trainable parameters; it lacks "
+            f"{len(wanted - held)} of them and holds {len(held - wanted)} others (frozen, or of "
+            f"another model). Build it from `model.trainable_parameters()`, after freezing."
+        )

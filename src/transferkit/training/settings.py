@@ -1,0 +1,89 @@
+"""From the trainer's arguments to one recipe, with every value checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from transferkit.errors import ConfigError
+from transferkit.training.recipes import Recipe, get_recipe
+
+_RATE_LIMITS: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "lr": ("above 0", lambda value: value > 0),
+    "momentum": ("in [0, 1)", lambda value: 0 <= value < 1),
+    "weight_decay": ("of at least 0", lambda value: value >= 0),
+}
+
+
+def resolve_recipe(
+    recipe: str | Recipe,
+    *,
+    optimizer: object,
+    scheduler: object,
+    scheduler_options: dict[str, Any] | None,
+    augmentation: object,
+    batch_size: int | None,
+    rates: Mapping[str, float | None],
+) -> Recipe:
+    """Return the recipe with what was given put in the place of its own settings.
+
+    Args:
+        recipe: The recipe or its name.
+        optimizer: A name takes the place of the recipe's; None keeps it.
+        scheduler: Likewise; the options of the recipe's own scheduler go with it.
+        scheduler_options: Options for the scheduler.
+        augmentation: Likewise.
+        batch_size: Likewise.
+        rates: "lr", "momentum" and "weight_decay"; None keeps the recipe's.
+
+    Returns:
+        The settings that hold. What was given as an object stays out of them.
+
+    Raises:
+        UnknownNameError: There is no such recipe.
+        ConfigError: A value cannot work, or would be ignored.
+    """
+    base = get_recipe(recipe) if isinstance(recipe, str) else recipe
+    names = {"optimizer": optimizer, "scheduler": scheduler, "augmentation": augmentation}
+    given: dict[str, Any] = {name: value for name, value in names.items() if isinstance(value, str)}
+    given |= _check_rates(rates, optimizer if optimizer is not None else base.optimizer)
+    if batch_size is not None:
+        given["batch_size"] = batch_size
+    if scheduler_options is not None and scheduler is not None and "scheduler" not in given:
+        raise ConfigError(
+            "`scheduler_options` belong to a scheduler given by name. Leave them out."
+        )
+    if scheduler is not None or scheduler_options is not None:
+        given["scheduler_options"] = dict(scheduler_options or {})
+    return replace(base, **given)
+
+
+def _check_rates(rates: Mapping[str, float | None], optimizer: object) -> dict[str, float]:
+    given = {name: value for name, value in rates.items() if value is not None}
+    if given and not isinstance(optimizer, str):
+        raise ConfigError(
+            f"{', '.join(f'`{name}`' for name in given)} cannot be set for an optimizer that is "
+            f"given as an object or a factory: it has its own. Set it there."
+        )
+    if "momentum" in given and optimizer != "sgd":
+        raise ConfigError(f'`momentum` belongs to "sgd", found the optimizer {optimizer!r}.')
+    for name, value in given.items():
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        words, fits = _RATE_LIMITS[name]
+        if not (is_number and math.isfinite(value) and fits(value)):
+            raise ConfigError(f"`{name}` should be a finite number {words}, found {value!r}.")
+    return given
+
+
+def name_of(thing: object) -> str:
+    """Return a name for the history: the text itself, or the name of a function or class.
+
+    Example:
+        >>> name_of("sgd"), name_of(math.sqrt)
+        ('sgd', 'sqrt')
+    """
+    if isinstance(thing, str):
+        return thing
+    return getattr(thing, "__qualname__", None) or type(thing).__qualname__
