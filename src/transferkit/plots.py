@@ -126,7 +126,7 @@ def image_grid(
         raise ConfigError(f"`num_columns` should be at least 1, found {num_columns}.")
     columns = min(num_columns, len(images))
     rows = -(-len(images) // columns)
-    figure, axes = plt.subplots(
+    _, axes = plt.subplots(
         rows,
         columns,
         figsize=(CELL_INCHES * columns, CELL_INCHES * rows),

@@ -82,7 +82,7 @@ def _check_frozen(spec: BackboneSpec, model: Classifier, images: torch.Tensor) -
     model.train()
     model.backbone.train()
     optimizer = torch.optim.SGD(model.trainable_parameters(), lr=0.1)
-    nn.functional.cross_entropy(model(images), torch.tensor([0, 1])).backward()
+    nn.functional.cross_entropy(model(images), torch.tensor([0, 1])).backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     changed = [
         name

@@ -32,10 +32,15 @@ class Batch(NamedTuple):
     targets: Tensor
     indices: Tensor
 
-    def to(self, device: torch.device, **options: Any) -> Batch:
+    def to(
+        self,
+        device: torch.device,
+        *,
+        memory_format: torch.memory_format = torch.preserve_format,
+    ) -> Batch:
         """Return the batch with images and targets on `device`; the indices stay."""
         return Batch(
-            self.images.to(device, non_blocking=True, **options),
+            self.images.to(device, non_blocking=True, memory_format=memory_format),
             self.targets.to(device, non_blocking=True),
             self.indices,
         )

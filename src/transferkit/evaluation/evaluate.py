@@ -88,6 +88,7 @@ def evaluate_model(
     *,
     class_names: tuple[str, ...],
     criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
+    memory_format: torch.memory_format = torch.preserve_format,
 ) -> Evaluation:
     """Evaluate a model on batches.
 
@@ -97,6 +98,7 @@ def evaluate_model(
         class_names: The names of the classes, by index.
         criterion: Maps logits `(N, C)` and targets `(N,)` to the batch's mean loss; None
             takes cross-entropy.
+        memory_format: The layout that images are brought into.
 
     Returns:
         The numbers, each image counted once whatever the batches' sizes.
@@ -113,7 +115,7 @@ def evaluate_model(
     try:
         with torch.inference_mode():
             for batch in batches:
-                images, targets, _ = batch.to(device)
+                images, targets, _ = batch.to(device, memory_format=memory_format)
                 logits = model(images)
                 mean.add(criterion(logits, targets), logits, targets)
                 pairs.append((logits.argmax(dim=1), targets))

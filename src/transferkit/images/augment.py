@@ -21,23 +21,25 @@ _PRESETS: Registry[AugmentationFactory] = Registry("augmentation", lister="list_
 @_PRESETS.decorator("tutorial")
 def _tutorial(size: int, interpolation: v2.InterpolationMode) -> Augmentation:
     """Random resized crop and horizontal flip, as in the ants-and-bees lesson."""
-    return v2.Compose(
+    views: Augmentation = v2.Compose(
         [
             v2.RandomResizedCrop(size, interpolation=interpolation, antialias=True),
             v2.RandomHorizontalFlip(),
         ]
     )
+    return views
 
 
 @_PRESETS.decorator("none")
 def _none(size: int, interpolation: v2.InterpolationMode) -> Augmentation:
     """No randomness: the shorter side to `size`, centre crop."""
-    return v2.Compose(
+    view: Augmentation = v2.Compose(
         [
             v2.Resize([size], interpolation=interpolation, antialias=True),
             v2.CenterCrop([size, size]),
         ]
     )
+    return view
 
 
 def make_augmentation(name: str, *, size: int, interpolation: str = "bilinear") -> Augmentation:

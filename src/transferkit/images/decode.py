@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from transferkit.errors import ImageError
@@ -106,7 +106,7 @@ def _from_file(file: Any, name: str) -> Tensor:
             return _from_pil(image, name)
     except (ImageError, MemoryError):
         raise
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise ImageError(
             f"Cannot read the picture `{name}`: it is not a {', '.join(SUPPORTED_FORMATS[:-1])} "
             f"or {SUPPORTED_FORMATS[-1]} file, whatever its name says."

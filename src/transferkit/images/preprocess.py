@@ -114,7 +114,9 @@ mean (0.485, 0.456, 0.406), std (0.229, 0.224, 0.225)
         Returns:
             float32 of the same shape, `(pixels / 255 - mean) / std`.
         """
-        return F.normalize(F.to_dtype(pixels, torch.float32, scale=True), self.mean, self.std)
+        values = F.to_dtype(pixels, torch.float32, scale=True)
+        normalized: Tensor = F.normalize(values, list(self.mean), list(self.std))
+        return normalized
 
     def denormalize(self, images: Tensor) -> Tensor:
         """Undo `normalize` up to the rounding to 8 bits, for looking at the result.

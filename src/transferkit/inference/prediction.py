@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 
-class ClassProbability(NamedTuple):
+@dataclass(frozen=True)
+class ClassProbability:
     """One class with its probability.
 
     Args:
@@ -60,5 +61,5 @@ class Prediction:
             "label": self.label,
             "index": self.index,
             "probability": self.probability,
-            "top_k": [each._asdict() for each in self.top_k],
+            "top_k": [asdict(each) for each in self.top_k],
         }

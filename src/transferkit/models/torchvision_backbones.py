@@ -50,7 +50,7 @@ def torchvision_names() -> list[str]:
 
 def torchvision_spec(name: str) -> BackboneSpec:
     """Return the spec of torchvision's network `name` with its default weights."""
-    weights = models.get_model_weights(name).DEFAULT  # type: ignore[attr-defined]
+    weights = models.get_model_weights(name).DEFAULT
     return BackboneSpec(
         name=name,
         build=partial(_build, name, image_size=weights.meta["min_size"][0]),
@@ -77,7 +77,8 @@ def _build(name: str, *, image_size: int) -> nn.Module:
     elif name.startswith("vit_"):
         # A vision transformer is built for one image size, the one of its weights.
         options = {"image_size": image_size}
-    return models.get_model(name, weights=None, **options)
+    network: nn.Module = models.get_model(name, weights=None, **options)
+    return network
 
 
 def _preprocess(transforms: Any) -> Preprocess:

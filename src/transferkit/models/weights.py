@@ -62,7 +62,7 @@ def fetch_weights(url: str, *, backbone: str) -> Path:
                 ),
             )
             _check_digest(Path(download), path.name, "The download was damaged; try again.")
-            os.replace(download, path)
+            Path(download).replace(path)
     except WeightsError:
         raise
     except (OSError, ValueError) as error:

@@ -119,8 +119,9 @@ class EpochLog(Callback):
             return
         minutes, seconds = divmod(history.seconds, 60)
         self._print(
-            f"{history.status.capitalize()} after {minutes:.0f} min {seconds:.0f} s. Best val accuracy "
-            f"{history.best.val_accuracy:.4f} in epoch {history.best.epoch}; its weights are kept."
+            f"{history.status.capitalize()} after {minutes:.0f} min {seconds:.0f} s. "
+            f"Best val accuracy {history.best.val_accuracy:.4f} in epoch {history.best.epoch}; "
+            f"its weights are kept."
         )
 
     def _print(self, text: str) -> None:

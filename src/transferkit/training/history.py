@@ -125,7 +125,7 @@ class History:
         try:
             rest = {key: value for key, value in data.items() if key != "records"}
             return cls([EpochRecord(**record) for record in data["records"]], **rest)
-        except (KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError) as error:
             raise DataError(f"This is no history ({error}).") from error
 
     def to_json(self) -> str:
@@ -148,17 +148,9 @@ class History:
             data = json.loads(text)
         except ValueError as error:
             raise DataError(f"This is no history: the text is no JSON ({error}).") from error
-        history = cls.from_dict(data)
-        history.records = [
-            EpochRecord(
-                **{
-                    key: float("nan") if value is None else value
-                    for key, value in asdict(record).items()
-                }
-            )
-            for record in history.records
-        ]
-        return history
+        if isinstance(data, dict) and isinstance(data.get("records"), list):
+            data["records"] = [_null_to_nan(record) for record in data["records"]]
+        return cls.from_dict(data)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the history as JSON to `path` and return the path.
@@ -182,3 +174,9 @@ def rank(record: EpochRecord) -> tuple[bool, float, float]:
 
 def _finite_or_none(value: float) -> float | None:
     return value if abs(value) < float("inf") else None
+
+
+def _null_to_nan(record: Any) -> Any:
+    if not isinstance(record, dict):
+        return record
+    return {key: float("nan") if value is None else value for key, value in record.items()}
