@@ -135,7 +135,7 @@ class Trainer:
         transform = model.preprocess.train(self._augmentation)
         self._train_loader = self._loader(data.train, transform, shuffle=True)
         self._val_loader = self._loader(data.val, model.preprocess.eval(), shuffle=False)
-        self._memory_format = torch.channels_last if channels_last else torch.preserve_format
+        self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
         model.to(self.device).to(memory_format=self._memory_format)
         # Built now to have the errors at the door; `fit` builds its own.
         trial = self._make_optimizer()
