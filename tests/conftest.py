@@ -12,9 +12,9 @@ import torch
 
 from transferkit.data import ImageSplits, load_folders
 from transferkit.data.ants_bees import FOLDER_NAME
+from transferkit.images import Preprocess
 from transferkit.models import BackboneSpec
 from transferkit.testing import make_image_folder
-from transferkit.images import Preprocess
 
 mpl.use("Agg")
 

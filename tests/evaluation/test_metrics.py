@@ -69,8 +69,7 @@ def test_equal_logits_go_to_the_lowest_index() -> None:
 
 def test_shapes_are_checked() -> None:
     message = (
-        "Accuracy needs logits (N, C) and targets (N,) with N of at least 1, "
-        "found (2, 3) and (3,)."
+        "Accuracy needs logits (N, C) and targets (N,) with N of at least 1, found (2, 3) and (3,)."
     )
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         accuracy(torch.zeros(2, 3), torch.zeros(3, dtype=torch.long))

@@ -46,7 +46,9 @@ def test_json_is_strict_and_keeps_nan_as_null() -> None:
 
 
 def test_best_is_highest_accuracy_then_lowest_loss_then_first() -> None:
-    history = History([record(1, 0.8), record(2, 0.9, 0.5), record(3, 0.9, 0.4), record(4, 0.9, 0.4)])
+    history = History(
+        [record(1, 0.8), record(2, 0.9, 0.5), record(3, 0.9, 0.4), record(4, 0.9, 0.4)]
+    )
     assert history.best.epoch == 3
 
 
@@ -92,9 +94,7 @@ def test_save_into_a_missing_folder(tmp_path: Path) -> None:
 
 
 def test_text_that_is_no_json() -> None:
-    message = (
-        "This is no history: the text is no JSON (Expecting value: line 1 column 1 (char 0))."
-    )
+    message = "This is no history: the text is no JSON (Expecting value: line 1 column 1 (char 0))."
     with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
         History.from_json("hello")
 

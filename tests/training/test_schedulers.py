@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -99,6 +100,10 @@ def test_plateau_gets_its_metric() -> None:
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1)
 
 
+def constantly(value: float) -> Callable[[str], float]:
+    return lambda key: value
+
+
 def test_plateau_on_accuracy_waits_for_it_to_rise() -> None:
     optimizer = sgd()
     schedule = make_schedule(
@@ -109,7 +114,7 @@ def test_plateau_on_accuracy_waits_for_it_to_rise() -> None:
         options={"patience": 1, "monitor": "val_accuracy"},
     )
     for value in (0.5, 0.6, 0.7, 0.8):
-        schedule.step("epoch", lambda _, value=value: value)
+        schedule.step("epoch", constantly(value))
     assert optimizer.param_groups[0]["lr"] == 1.0
 
 
@@ -135,7 +140,9 @@ def test_registered_by_decorator_or_call() -> None:
             _SCHEDULERS.remove(name)
 
 
-def make(scheduler: Any, optimizer: torch.optim.Optimizer | None = None, **options: Any) -> Schedule:
+def make(
+    scheduler: Any, optimizer: torch.optim.Optimizer | None = None, **options: Any
+) -> Schedule:
     return make_schedule(
         scheduler, optimizer or sgd(), num_epochs=2, steps_per_epoch=2, options=options
     )
@@ -180,7 +187,7 @@ def test_factory_that_returns_something_else() -> None:
 
 
 def test_schedule_checks_its_interval() -> None:
-    message = "`interval` should be \"step\" or \"epoch\", found 'batch'."
+    message = '`interval` should be "step" or "epoch", found \'batch\'.'
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         Schedule(None, interval="batch")  # type: ignore[arg-type]
 

@@ -71,7 +71,7 @@ def test_options_alone_go_to_the_recipes_scheduler() -> None:
 def test_rates_are_checked(name: str, value: object, words: str) -> None:
     message = f"`{name}` should be a finite number {words}, found {value!r}."
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
-        resolve(**{name: value})
+        resolve("tutorial", **{name: value})
 
 
 def test_rates_for_an_optimizer_object_are_refused() -> None:

@@ -28,6 +28,7 @@ from transferkit.errors import DataError, OutputError
 
 ARCHIVE_URL = "https://download.pytorch.org/tutorial/hymenoptera_data.zip"
 FOLDER_NAME = "hymenoptera_data"
+DRAWN_NAME = "ants_bees_drawn_v1"
 DATA_VARIABLE = "TRANSFERKIT_DATA"
 """Environment variable: the folder of the photographs, or the one that holds it."""
 
@@ -68,7 +69,7 @@ class AntsBees:
 
     def describe(self) -> str:
         """Say in one line which pictures these are, and why."""
-        kind = "drawn pictures" if self.source == "drawn" else "photographs"
+        kind = {"drawn": "drawn pictures", "path": "pictures"}.get(self.source, "photographs")
         return f"Ants and bees: {kind} in {self.root} ({self.reason})"
 
 
@@ -78,6 +79,7 @@ def find_ants_bees(
     cache: str | os.PathLike[str] | None = None,
     download: bool = True,
     draw: bool = True,
+    photographs: bool = True,
     url: str = ARCHIVE_URL,
     verbose: bool = True,
 ) -> AntsBees:
@@ -93,6 +95,7 @@ def find_ants_bees(
         cache: The folder to keep downloads in; None takes the user's cache folder.
         download: Whether to try the network.
         draw: Whether to draw pictures when no photographs are to be had.
+        photographs: Whether to look for photographs; False goes straight to drawn pictures.
         url: Where the archive is.
         verbose: Print the line.
 
@@ -114,7 +117,10 @@ def find_ants_bees(
         'path'
     """
     kept = Path(cache) if cache is not None else Path(pooch.os_cache("transferkit"))
-    found = _find(path, kept, download, draw, url)
+    if path is None and not photographs:
+        found = AntsBees(_draw(kept), "drawn", "photographs are not asked for")
+    else:
+        found = _find(path, kept, download, draw, url)
     if verbose:
         print(found.describe(), flush=True)
     return found
@@ -147,7 +153,7 @@ def _find(
             f"`{photographs}` does not exist and {problem}. Give a path, or allow drawn "
             f"pictures with `draw=True`."
         )
-    return AntsBees(_draw(cache / "ants_bees_drawn_v1"), "drawn", f"no photographs; {problem}")
+    return AntsBees(_draw(cache), "drawn", f"no photographs; {problem}")
 
 
 def _resolve_root(path: Path, reason: str) -> Path:
@@ -227,8 +233,9 @@ def _download(url: str, target: Path) -> Path:
     return _fill_folder(target, fill)
 
 
-def _draw(target: Path) -> Path:
-    """Draw the stand-ins to `target`, once."""
+def _draw(cache: Path) -> Path:
+    """Draw the stand-ins into the cache, once."""
+    target = cache / DRAWN_NAME
     if target.is_dir():
         return target
     return _fill_folder(target, lambda folder: write_drawn_pictures(folder / "result"))

@@ -154,6 +154,7 @@ class ImageSplits:
         parts = []
         for name, split in self.named().items():
             counts = ", ".join(f"{count} {label}" for label, count in split.class_counts.items())
-            skipped = f", {len(split.skipped)} files skipped" if split.skipped else ""
+            number = len(split.skipped)
+            skipped = f", {number} file{'s' * (number != 1)} skipped" if number else ""
             parts.append(f"{name} {len(split)} ({counts}{skipped})")
         return "; ".join(parts)

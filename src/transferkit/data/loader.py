@@ -129,6 +129,9 @@ class ImageLoader:
             collate_fn=_collate,
             pin_memory=self._pin_memory,
             persistent_workers=self.num_workers > 0,
+            # Its own, or starting a pass would draw from the caller's: once for each pass
+            # without workers, once in all with them, and dropout would depend on that.
+            generator=torch.Generator().manual_seed(self._sampler.seed),
         )
 
 

@@ -17,7 +17,7 @@ from transferkit.evaluation.metrics import class_accuracies, confusion_matrix
 from transferkit.models import Classifier
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Evaluation:
     """What one pass over a split found.
 

@@ -11,7 +11,7 @@ from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from transferkit._registry import Registry
-from transferkit.errors import ConfigError
+from transferkit.errors import ConfigError, TransferkitError
 from transferkit.training.history import check_record_key
 
 Interval: TypeAlias = Literal["step", "epoch"]
@@ -157,6 +157,8 @@ def make_schedule(
         sizes = {"num_epochs": num_epochs, "steps_per_epoch": steps_per_epoch}
         try:
             built = factory(optimizer, **sizes, **options)
+        except TransferkitError:
+            raise
         except (TypeError, ValueError) as error:
             raise ConfigError(
                 f"The scheduler {scheduler!r} cannot be built with the options {options}: {error}."

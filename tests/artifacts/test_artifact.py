@@ -1,0 +1,347 @@
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from transferkit.artifacts import FORMAT_VERSION, load_artifact, save_artifact
+from transferkit.artifacts import format as artifact_format
+from transferkit.errors import ArtifactError, ConfigError, OutputError
+from transferkit.images import Preprocess
+from transferkit.models import BackboneSpec, Classifier, build_model, register_backbone
+from transferkit.models.registry import _BACKBONES
+
+NAMES = ("ants", "bees")
+
+
+@pytest.fixture
+def model(tiny_spec: BackboneSpec) -> Classifier:
+    return build_model(tiny_spec, 2, weights=None, freeze="backbone.layer1.*")
+
+
+@pytest.fixture
+def saved(model: Classifier, tmp_path: Path) -> Path:
+    return save_artifact(tmp_path / "model.safetensors", model, class_names=NAMES)
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    with safe_open(path, framework="pt") as file:
+        return dict(json.loads(file.metadata()["transferkit"]))
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Write the artifact anew with changed metadata and a digest that fits."""
+    tensors = safetensors.torch.load_file(path)
+    data = read_metadata(path)
+    change(data)
+    text = json.dumps(data)
+    metadata = {
+        "transferkit": text,
+        "transferkit_sha256": artifact_format._digest(tensors, text),
+    }
+    safetensors.torch.save_file(tensors, path, metadata=metadata)
+
+
+def test_round_trip(model: Classifier, tiny_spec: BackboneSpec, tmp_path: Path) -> None:
+    path = save_artifact(
+        tmp_path / "m.safetensors", model, class_names=NAMES, history={"records": []}
+    )
+    loaded = load_artifact(path, backbone=tiny_spec)
+    images = torch.rand(2, 3, 32, 32)
+    model.eval()
+    assert torch.equal(loaded.model(images), model(images))
+    assert loaded.class_names == NAMES
+    assert loaded.preprocess == model.preprocess
+    assert loaded.model.freeze_plan == model.freeze_plan
+    assert loaded.history == {"records": []}
+    assert "torch" in loaded.versions
+    assert not loaded.model.training
+
+
+def test_saving_leaves_the_model_alone(model: Classifier, tmp_path: Path) -> None:
+    model.train()
+    before = {name: each.clone() for name, each in model.state_dict().items()}
+    save_artifact(tmp_path / "m.safetensors", model, class_names=NAMES)
+    assert model.training
+    assert all(torch.equal(before[name], each) for name, each in model.state_dict().items())
+
+
+def test_metadata_is_the_documented_one(saved: Path) -> None:
+    data = read_metadata(saved)
+    assert set(data) == {
+        "format_version", "backbone", "num_features", "class_names", "preprocess",
+        "freeze_plan", "history", "versions",
+    }  # fmt: skip
+    assert data["format_version"] == FORMAT_VERSION
+
+
+@pytest.mark.parametrize(
+    "names", [("a\nb", "c d"), ("Ämeise", "蜂"), ("'; --", '"'), ("10", "9"), ("\ud83d\udc1d", "x")]
+)
+def test_class_names_round_trip(
+    names: tuple[str, str], model: Classifier, tiny_spec: BackboneSpec, tmp_path: Path
+) -> None:
+    names = tuple(name.encode("utf-16", "surrogatepass").decode("utf-16") for name in names)  # type: ignore[assignment]
+    path = save_artifact(tmp_path / "m.safetensors", model, class_names=names)
+    assert load_artifact(path, backbone=tiny_spec).class_names == names
+
+
+def test_built_in_backbone_needs_nothing_else(tmp_path: Path) -> None:
+    model = build_model("mnasnet0_5", 2, weights=None)
+    path = save_artifact(tmp_path / "m.safetensors", model, class_names=NAMES)
+    images = torch.rand(2, 3, 64, 64)
+    model.eval()
+    assert torch.equal(load_artifact(path).model(images), model(images))
+
+
+def test_tied_weights_are_saved(tmp_path: Path) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(48, 48)
+            self.second = nn.Linear(48, 48)
+            self.second.weight = self.first.weight
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            features: torch.Tensor = self.second(self.first(images.flatten(1)))
+            return features
+
+    preprocess = Preprocess(crop_size=4, resize_size=4)
+    model = build_model(Tied(), 2, num_features=48, preprocess=preprocess)
+    path = save_artifact(tmp_path / "m.safetensors", model, class_names=NAMES)
+    loaded = load_artifact(path, backbone=Tied())
+    assert torch.equal(loaded.model.backbone.first.weight, model.backbone.first.weight)  # type: ignore[union-attr, arg-type]
+
+
+@pytest.mark.parametrize("names", [("a",), ("a", "a"), ("a", 1), ("a", "b", "c")])
+def test_class_names_are_checked(names: Any, model: Classifier, tmp_path: Path) -> None:
+    message = (
+        f"`class_names` should be 2 different texts, one for each class of the model, "
+        f"found {list(names)}."
+    )
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        save_artifact(tmp_path / "m.safetensors", model, class_names=names)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_broken_weights_are_not_saved(model: Classifier, tmp_path: Path) -> None:
+    nn.init.constant_(model.head.weight, float("nan"))
+    message = (
+        "The model's logits are not finite (NaN or infinite): its weights are broken, and an "
+        "artifact of it would be of no use. Train again, perhaps with a smaller `lr`."
+    )
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        save_artifact(tmp_path / "m.safetensors", model, class_names=NAMES)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_the_old_file(
+    model: Classifier, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = saved.read_bytes()
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise safetensors.SafetensorError("No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    message = (
+        f"Cannot write `{saved}`: no space left on device. "
+        f"Choose a place that you may write to and that has room."
+    )
+    with pytest.raises(OutputError, match=f"^{re.escape(message)}$"):
+        save_artifact(saved, model, class_names=NAMES)
+    assert saved.read_bytes() == before
+    assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    path = tmp_path / "none.safetensors"
+    message = f"The artifact `{path}` does not exist. Expected a .safetensors file."
+    with pytest.raises(ArtifactError, match=f"^{re.escape(message)}$"):
+        load_artifact(path)
+    message = f"The artifact `{tmp_path}` is a folder. Expected a .safetensors file."
+    with pytest.raises(ArtifactError, match=f"^{re.escape(message)}$"):
+        load_artifact(tmp_path)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.999])
+def test_truncated(saved: Path, tiny_spec: BackboneSpec, share: float) -> None:
+    content = saved.read_bytes()
+    saved.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(
+        ArtifactError,
+        match=rf"^Cannot read the artifact `{re.escape(str(saved))}`: it is no safetensors file, "
+        rf"or is truncated or damaged \(.+\)\.$",
+    ):
+        load_artifact(saved, backbone=tiny_spec)
+
+
+def test_every_flipped_bit_is_found(saved: Path, tiny_spec: BackboneSpec) -> None:
+    content = saved.read_bytes()
+    for position in range(0, len(content), max(1, len(content) // 150)):
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << (position % 8)
+        saved.write_bytes(bytes(damaged))
+        with pytest.raises(ArtifactError):
+            load_artifact(saved, backbone=tiny_spec, self_test=False)
+
+
+def test_flipped_bit_in_the_weights(saved: Path, tiny_spec: BackboneSpec) -> None:
+    content = bytearray(saved.read_bytes())
+    content[-100] ^= 1
+    saved.write_bytes(bytes(content))
+    message = (
+        f"The artifact `{saved}` is damaged: its content does not match its digest. "
+        f"Copy it anew from where it came."
+    )
+    with pytest.raises(ArtifactError, match=f"^{re.escape(message)}$"):
+        load_artifact(saved, backbone=tiny_spec)
+
+
+class Bomb:
+    """Make a pickle that would write a file when it is opened."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("kind", ["pickle", "torch"])
+def test_a_pickle_in_disguise_is_not_opened(tmp_path: Path, kind: str) -> None:
+    sentinel, path = tmp_path / "sentinel", tmp_path / "model.safetensors"
+    if kind == "pickle":
+        path.write_bytes(pickle.dumps(Bomb(sentinel)))
+    else:
+        torch.save({"bomb": Bomb(sentinel)}, path)
+    with pytest.raises(
+        ArtifactError,
+        match=rf"^Cannot read the artifact `{re.escape(str(path))}`: it is a pickle or PyTorch "
+        rf"file, which could run code and is never opened \(.+\)\.$",
+    ):
+        load_artifact(path)
+    assert not sentinel.exists()
+
+
+def test_safetensors_that_is_no_artifact(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    safetensors.torch.save_file({"weight": torch.zeros(2)}, path)
+    message = (
+        f"`{path}` is a safetensors file but no transferkit artifact: its metadata has no "
+        f"`transferkit`. Expected a file written by `Trainer.save`."
+    )
+    with pytest.raises(ArtifactError, match=f"^{re.escape(message)}$"):
+        load_artifact(path)
+
+
+def test_newer_format(saved: Path, tiny_spec: BackboneSpec) -> None:
+    rewrite(saved, lambda data: data.update(format_version=FORMAT_VERSION + 1))
+    message = (
+        f"The artifact `{saved}` has format version {FORMAT_VERSION + 1}; this transferkit reads "
+        f"up to {FORMAT_VERSION}. Upgrade transferkit: pip install --upgrade transferkit"
+    )
+    with pytest.raises(ArtifactError, match=f"^{re.escape(message)}$"):
+        load_artifact(saved, backbone=tiny_spec)
+
+
+@pytest.mark.parametrize("version", [0, "1", None, True])
+def test_senseless_format_version(saved: Path, tiny_spec: BackboneSpec, version: object) -> None:
+    rewrite(saved, lambda data: data.update(format_version=version))
+    message = f"The artifact `{saved}` is damaged: its format version is {version!r}."
+    with pytest.raises(ArtifactError, match=f"^{re.escape(message)}$"):
+        load_artifact(saved, backbone=tiny_spec)
+
+
+def test_metadata_that_is_no_json(saved: Path) -> None:
+    tensors = safetensors.torch.load_file(saved)
+    safetensors.torch.save_file(
+        tensors, saved, metadata={"transferkit": "hello", "transferkit_sha256": ""}
+    )
+    message = (
+        f"The artifact `{saved}` is damaged: its metadata is no JSON "
+        f"(Expecting value: line 1 column 1 (char 0))."
+    )
+    with pytest.raises(ArtifactError, match=f"^{re.escape(message)}$"):
+        load_artifact(saved)
+
+
+def test_unknown_backbone_names_what_to_register(saved: Path) -> None:
+    message = (
+        f"The artifact `{saved}` needs the backbone `tiny`, which is not registered here. "
+        f"Call `register_backbone` with that name first, or pass `backbone=`."
+    )
+    with pytest.raises(ArtifactError, match=f"^{re.escape(message)}$"):
+        load_artifact(saved)
+
+
+def test_registered_backbone_is_found(saved: Path, tiny_spec: BackboneSpec) -> None:
+    register_backbone("tiny", lambda: tiny_spec)
+    try:
+        assert load_artifact(saved).model.backbone_name == "tiny"
+    finally:
+        _BACKBONES.remove("tiny")
+
+
+@pytest.mark.parametrize("key", ["class_names", "preprocess", "freeze_plan", "versions"])
+def test_missing_field(saved: Path, tiny_spec: BackboneSpec, key: str) -> None:
+    rewrite(saved, lambda data: data.pop(key))
+    message = f"The artifact `{saved}` is incomplete or inconsistent (KeyError: '{key}')."
+    with pytest.raises(ArtifactError, match=f"^{re.escape(message)}$"):
+        load_artifact(saved, backbone=tiny_spec)
+
+
+def test_another_architecture_under_the_same_name(saved: Path, tiny_spec: BackboneSpec) -> None:
+    other = BackboneSpec(
+        name="tiny", build=nn.Flatten, num_features=48, preprocess=tiny_spec.preprocess
+    )
+    message = (
+        f"Cannot build the model of the artifact `{saved}`: 0 tensors are missing and 14 do not "
+        f"belong to it, among them `backbone.bn1.bias`."
+    )
+    with pytest.raises(ArtifactError, match=f"^{re.escape(message)}$"):
+        load_artifact(saved, backbone=other)
+
+
+def test_misshapen_tensor(tiny_spec: BackboneSpec, saved: Path) -> None:
+    rewrite(saved, lambda data: data.update(class_names=["a", "b", "c"]))
+    message = (
+        f"Cannot build the model of the artifact `{saved}`: `head.weight` is torch.float32 "
+        f"(2, 16), expected torch.float32 (3, 16)."
+    )
+    with pytest.raises(ArtifactError, match=f"^{re.escape(message)}$"):
+        load_artifact(saved, backbone=tiny_spec)
+
+
+def test_self_test_finds_other_arithmetic(saved: Path, tiny_spec: BackboneSpec) -> None:
+    network, _ = tiny_spec.build_features()
+    network.register_forward_hook(lambda module, inputs, features: 2 * features)
+    with pytest.raises(
+        ArtifactError,
+        match=rf"^The artifact `{re.escape(str(saved))}` does not give the logits that it gave "
+        rf"when it was saved: they differ by [\d.e-]+, allowed are 0\.001\. The installed "
+        rf"libraries compute something else; compare their versions, or pass `self_test=False` "
+        rf"to load it all the same\.$",
+    ):
+        load_artifact(saved, backbone=network)
+    load_artifact(saved, backbone=network, self_test=False)
+
+
+def test_no_self_test_inside(saved: Path, tiny_spec: BackboneSpec) -> None:
+    tensors = safetensors.torch.load_file(saved)
+    text = json.dumps(read_metadata(saved))
+    kept = {name: each for name, each in tensors.items() if not name.startswith("self_test")}
+    metadata = {"transferkit": text, "transferkit_sha256": artifact_format._digest(kept, text)}
+    safetensors.torch.save_file(kept, saved, metadata=metadata)
+    message = f"The artifact `{saved}` has no self-test. Save it anew."
+    with pytest.raises(ArtifactError, match=f"^{re.escape(message)}$"):
+        load_artifact(saved, backbone=tiny_spec)
