@@ -63,6 +63,7 @@ def imshow(
         ConfigError: A float tensor has another shape, or `preprocess` is given for pixels.
 
     Example:
+        >>> import torch
         >>> ax = imshow(torch.zeros(3, 4, 6), title="black")
         >>> ax.get_title(), ax.images[0].get_array().shape
         ('black', (4, 6, 3))

@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NoReturn
 
+import pooch
 import pytest
 
 from transferkit.data import ants_bees
@@ -231,7 +232,7 @@ def test_nothing_is_printed_where_that_is_wished(
 
 def test_cache_of_the_user_is_the_default(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    monkeypatch.setattr(ants_bees.pooch, "os_cache", lambda name: cache / name)
+    monkeypatch.setattr(pooch, "os_cache", lambda name: cache / name)
     found = find_ants_bees(download=False, verbose=False)
     assert found.root == cache / "transferkit" / DRAWN_NAME
 
@@ -330,7 +331,7 @@ def test_key_press_during_the_download_leaves_nothing(
         (path / "half").touch()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ants_bees.pooch, "retrieve", interrupt)
+    monkeypatch.setattr(pooch, "retrieve", interrupt)
     with pytest.raises(KeyboardInterrupt):
         find_ants_bees(cache=cache, url="http://127.0.0.1:1/data.zip")
     assert names_in(cache) == []
@@ -390,7 +391,7 @@ def test_other_counts_are_a_warning(
     photos: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(DATA_VARIABLE, str(photos))
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="^") as caught:
         assert find_ants_bees(cache=cache, verbose=False).source == "environment"
     assert [str(each.message) for each in caught] == [not_published(photos)]
     assert caught[0].filename == __file__
@@ -402,7 +403,7 @@ def test_other_counts_are_a_warning_for_downloaded_photographs_too(
 ) -> None:
     if again:
         make_photographs(cache / FOLDER_NAME)
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="^") as caught:
         find_ants_bees(cache=cache, url=server.url, verbose=False)
     assert [str(each.message) for each in caught] == [not_published(cache / FOLDER_NAME)]
     assert caught[0].filename == __file__
@@ -411,7 +412,7 @@ def test_other_counts_are_a_warning_for_downloaded_photographs_too(
 def test_other_contents_are_a_warning(published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (published / "train" / "ants" / "000.png").write_bytes(b"other")
     monkeypatch.setenv(DATA_VARIABLE, str(published))
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="^") as caught:
         find_ants_bees(verbose=False)
     assert [str(each.message) for each in caught] == [
         f"`{published}` is not the published set of ants and bees: the counts agree, the "

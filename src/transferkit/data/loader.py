@@ -67,9 +67,11 @@ class ImageLoader:
         ConfigError: A value cannot work.
 
     Example:
-        >>> from transferkit.data import ants_bees
+        >>> import tempfile
+        >>> from transferkit.data import load_folders
         >>> from transferkit.images import Preprocess
-        >>> data = getfixture("tiny_splits")
+        >>> from transferkit.testing import make_image_folder
+        >>> data = load_folders(make_image_folder(tempfile.mkdtemp()))
         >>> loader = ImageLoader(data.train, Preprocess().eval(), batch_size=4)
         >>> next(loader.batches(epoch=0)).images.shape
         torch.Size([4, 3, 224, 224])

@@ -75,8 +75,11 @@ class Trainer:
         FreezeError: All parameters are frozen.
 
     Example:
+        >>> import tempfile
+        >>> from transferkit.data import load_folders
         >>> from transferkit.models import build_model
-        >>> data = getfixture("tiny_splits")
+        >>> from transferkit.testing import make_image_folder
+        >>> data = load_folders(make_image_folder(tempfile.mkdtemp()))
         >>> model = build_model("squeezenet1_1", 2, weights=None, freeze="backbone")
         >>> trainer = Trainer(model, data, verbose=False)
         >>> history = trainer.fit(epochs=1)

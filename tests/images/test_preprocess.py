@@ -1,0 +1,306 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torchvision import transforms
+from torchvision.transforms.functional import to_pil_image
+
+from transferkit.errors import ConfigError, UnknownNameError
+from transferkit.images import Preprocess
+
+CHANNEL = st.floats(0, 1, allow_nan=False)
+SPREAD = st.floats(1e-3, 2, allow_nan=False)
+PREPROCESSES = st.builds(
+    lambda crop, more, **rest: Preprocess(crop_size=crop, resize_size=crop + more, **rest),
+    st.integers(1, 600),
+    st.integers(0, 100),
+    resize_mode=st.sampled_from(["shorter", "squash"]),
+    interpolation=st.sampled_from(["bilinear", "bicubic"]),
+    mean=st.tuples(CHANNEL, CHANNEL, CHANNEL),
+    std=st.tuples(SPREAD, SPREAD, SPREAD),
+)
+
+
+def picture(height: int = 50, width: int = 70) -> Tensor:
+    """Return a smooth picture, on which all ways of resampling agree but for the rounding."""
+    coarse = torch.rand(
+        (1, 3, max(2, height // 8), max(2, width // 8)),
+        generator=torch.Generator().manual_seed(0),
+    )
+    smooth = torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")
+    return (smooth[0] * 255).round().to(torch.uint8)
+
+
+def levels(image: Tensor, preprocess: Preprocess) -> Tensor:
+    """Return normalised values in units of one step of 8 bits."""
+    return image * torch.tensor(preprocess.std).view(3, 1, 1) * 255
+
+
+# The deterministic transform
+
+
+@pytest.mark.parametrize(("crop", "resize"), [(32, 40), (224, 256), (48, 48)])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("shape", [(50, 70), (70, 50), (300, 301), (9, 40)])
+@pytest.mark.parametrize("pil", [False, True])
+def test_eval_agrees_with_the_transforms_of_torchvision(
+    crop: int, resize: int, interpolation: Any, shape: tuple[int, int], pil: bool
+) -> None:
+    preprocess = Preprocess(crop_size=crop, resize_size=resize, interpolation=interpolation)
+    steps = [
+        transforms.Resize(resize, transforms.InterpolationMode(interpolation), antialias=True),
+        transforms.CenterCrop(crop),
+        transforms.ToTensor() if pil else transforms.ConvertImageDtype(torch.float32),
+        transforms.Normalize(preprocess.mean, preprocess.std),
+    ]
+    image = picture(*shape)
+    expected = transforms.Compose(steps)(to_pil_image(image) if pil else image)
+    found = preprocess.eval()(image)
+    assert found.dtype == torch.float32
+    assert found.shape == (3, crop, crop)
+    # Bytes may be resampled in integers or in floats, in one or two roundings.
+    difference = levels(found - expected, preprocess).abs()
+    assert float(difference.max()) < 2.01
+    assert float(difference.mean()) < 0.3
+
+
+def test_squash_brings_both_sides_to_the_size() -> None:
+    image = torch.zeros(3, 20, 60, dtype=torch.uint8)
+    image[:, :, 30:] = 255
+    preprocess = Preprocess(crop_size=20, resize_size=20, resize_mode="squash")
+    shown = preprocess.denormalize(preprocess.eval()(image))
+    assert shown.shape == (3, 20, 20)
+    assert float(shown[:, :, :9].max()) < 0.01
+    assert float(shown[:, :, 11:].min()) > 0.99
+
+
+def test_shorter_side_keeps_the_proportions() -> None:
+    image = torch.zeros(3, 20, 60, dtype=torch.uint8)
+    image[:, :, 20:40] = 255
+    preprocess = Preprocess(crop_size=20, resize_size=20)
+    shown = preprocess.denormalize(preprocess.eval()(image))
+    assert float(shown.min()) > 0.99
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_transform_does_not_change_the_picture(train: bool) -> None:
+    preprocess = Preprocess(crop_size=16, resize_size=16)
+    image = picture(16, 16)
+    (preprocess.train("none") if train else preprocess.eval())(image)
+    assert torch.equal(image, picture(16, 16))
+
+
+def test_normalize_agrees_with_numpy() -> None:
+    preprocess = Preprocess(mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
+    batch = torch.stack([picture(4, 5), picture(4, 5).flip(0)])
+    expected = (batch.numpy() / 255 - np.reshape(preprocess.mean, (3, 1, 1))) / np.reshape(
+        preprocess.std, (3, 1, 1)
+    )
+    found = preprocess.normalize(batch)
+    assert found.dtype == torch.float32
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+@given(PREPROCESSES, st.integers(0, 2**32 - 1))
+def test_denormalize_undoes_normalize(preprocess: Preprocess, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (3, 4, 5), dtype=torch.uint8, generator=generator)
+    normalized = preprocess.normalize(pixels)
+    kept = normalized.clone()
+    shown = preprocess.denormalize(normalized)
+    assert torch.equal((shown * 255).round().to(torch.uint8), pixels)
+    assert torch.equal(normalized, kept)
+
+
+def test_denormalize_clips_and_gives_float32() -> None:
+    images = torch.tensor([-1e6, 0.0, 1e6], dtype=torch.float64).view(1, 1, 3).expand(2, 3, 1, 3)
+    shown = Preprocess().denormalize(images)
+    assert shown.dtype == torch.float32
+    assert shown.shape == images.shape
+    assert shown[0, 0, 0].tolist() == pytest.approx([0.0, 0.485, 1.0])
+
+
+# The random transform
+
+
+def test_train_normalises_what_the_augmentation_gives() -> None:
+    preprocess = Preprocess(crop_size=8, resize_size=8)
+    view = picture(8, 8)
+    transform = preprocess.train(lambda image: view)
+    assert torch.equal(transform(picture()), preprocess.normalize(view))
+
+
+def test_train_with_the_preset_none_is_deterministic() -> None:
+    preprocess = Preprocess(crop_size=24, resize_size=24)
+    assert torch.equal(preprocess.train("none")(picture()), preprocess.eval()(picture()))
+
+
+def test_train_defaults_to_the_preset_of_the_lesson() -> None:
+    preprocess = Preprocess(crop_size=24, resize_size=32)
+    torch.manual_seed(3)
+    found = preprocess.train()(picture())
+    torch.manual_seed(3)
+    assert torch.equal(found, preprocess.train("tutorial")(picture()))
+    assert found.shape == (3, 24, 24)
+
+
+def test_train_hands_its_interpolation_to_the_preset() -> None:
+    views = []
+    for interpolation in ("bilinear", "bicubic"):
+        preprocess = Preprocess(crop_size=24, resize_size=32, interpolation=interpolation)
+        views.append(preprocess.train("none")(picture()))
+    assert not torch.equal(*views)
+
+
+@pytest.mark.parametrize(
+    ("view", "found"),
+    [
+        (torch.zeros(3, 8, 8), "float32 (3, 8, 8)"),
+        (torch.zeros(3, 9, 8, dtype=torch.uint8), "uint8 (3, 9, 8)"),
+        (torch.zeros(1, 8, 8, dtype=torch.uint8), "uint8 (1, 8, 8)"),
+    ],
+)
+def test_augmentation_that_gives_something_else_is_an_error(view: Tensor, found: str) -> None:
+    transform = Preprocess(crop_size=8, resize_size=8).train(lambda image: view)
+    with pytest.raises(ConfigError) as error:
+        transform(picture())
+    assert str(error.value) == (
+        f"An augmentation should return uint8 (3, 8, 8), found {found}. "
+        f"Normalisation is done after it."
+    )
+
+
+def test_unknown_preset_is_an_error() -> None:
+    with pytest.raises(UnknownNameError) as error:
+        Preprocess().train("tutorials")
+    assert str(error.value) == (
+        "Unknown augmentation `tutorials`. Did you mean `tutorial`? "
+        "`list_augmentations()` names all 2."
+    )
+
+
+def test_transforms_can_be_sent_to_workers() -> None:
+    preprocess = Preprocess(crop_size=8, resize_size=8)
+    for transform in (preprocess.eval(), preprocess.train("none")):
+        assert torch.equal(pickle.loads(pickle.dumps(transform))(picture()), transform(picture()))
+
+
+# The description as data
+
+
+@given(PREPROCESSES)
+def test_description_survives_json(preprocess: Preprocess) -> None:
+    text = json.dumps(preprocess.to_dict(), allow_nan=False)
+    assert Preprocess.from_dict(json.loads(text)) == preprocess
+
+
+def test_description_is_frozen_and_hashable() -> None:
+    preprocess = Preprocess(mean=[0.5, 0.5, 0.5])  # type: ignore[arg-type]
+    assert hash(preprocess) == hash(Preprocess(mean=(0.5, 0.5, 0.5)))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        preprocess.crop_size = 3  # type: ignore[misc]
+
+
+def test_words_say_it_all() -> None:
+    preprocess = Preprocess(
+        crop_size=100,
+        resize_size=120,
+        resize_mode="squash",
+        interpolation="bicubic",
+        mean=(1 / 3, 0.5, 0.5),
+    )
+    assert preprocess.describe() == (
+        "resize to 120x120 (bicubic), centre crop 100x100, mean (0.3333, 0.5, 0.5), "
+        "std (0.229, 0.224, 0.225)"
+    )
+    assert Preprocess().describe() == (
+        "shorter side to 256 (bilinear), centre crop 224x224, mean (0.485, 0.456, 0.406), "
+        "std (0.229, 0.224, 0.225)"
+    )
+
+
+@pytest.mark.parametrize("name", ["crop_size", "resize_size"])
+@pytest.mark.parametrize("value", [0, -1, 2.0, "224", True, None])
+def test_size_that_cannot_work_is_an_error(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError) as error:
+        Preprocess(**{name: value})
+    assert str(error.value) == f"`{name}` should be an integer of at least 1, found {value!r}."
+
+
+def test_crop_larger_than_the_resized_picture_is_an_error() -> None:
+    with pytest.raises(ConfigError) as error:
+        Preprocess(crop_size=300)
+    assert str(error.value) == "`resize_size` should be at least `crop_size` (300), found 256."
+
+
+def test_unknown_resize_mode_is_an_error() -> None:
+    with pytest.raises(ConfigError) as error:
+        Preprocess(resize_mode="longer")  # type: ignore[arg-type]
+    assert str(error.value) == (
+        "`resize_mode` should be one of 'shorter', 'squash', found 'longer'."
+    )
+
+
+def test_unknown_interpolation_is_an_error() -> None:
+    with pytest.raises(ConfigError) as error:
+        Preprocess(interpolation="nearest")  # type: ignore[arg-type]
+    assert str(error.value) == (
+        "`interpolation` should be one of 'bilinear', 'bicubic', found 'nearest'."
+    )
+
+
+@pytest.mark.parametrize("name", ["mean", "std"])
+@pytest.mark.parametrize("value", [(0.5, 0.5), 0.5, (0.5, 0.5, "x"), None, (1, 1, 1, 1)])
+def test_channels_that_cannot_work_are_an_error(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError) as error:
+        Preprocess(**{name: value})
+    assert str(error.value) == (
+        f"`{name}` should be three numbers, one for each of red, green and blue, found {value!r}."
+    )
+
+
+@pytest.mark.parametrize("value", [0.0, -0.5])
+def test_standard_deviation_of_zero_or_less_is_an_error(value: float) -> None:
+    with pytest.raises(ConfigError) as error:
+        Preprocess(std=(1.0, value, 1.0))
+    assert (
+        str(error.value) == f"`std` should be above 0 in every channel, found (1.0, {value}, 1.0)."
+    )
+
+
+@pytest.mark.parametrize("name", ["mean", "std"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_channels_that_are_not_finite_are_an_error(name: str, value: float) -> None:
+    with pytest.raises(ConfigError):
+        Preprocess(**{name: (0.5, value, 0.5)})  # type: ignore[arg-type]
+
+
+def test_missing_and_unknown_fields_are_an_error() -> None:
+    data = Preprocess().to_dict()
+    del data["mean"]
+    data["scale"] = 1
+    with pytest.raises(ConfigError) as error:
+        Preprocess.from_dict(data)
+    assert str(error.value) == (
+        "A preprocess description should have the fields "
+        "['crop_size', 'interpolation', 'mean', 'resize_mode', 'resize_size', 'std'], found "
+        "['crop_size', 'interpolation', 'resize_mode', 'resize_size', 'scale', 'std']."
+    )
+
+
+def test_field_of_a_wrong_kind_is_an_error() -> None:
+    with pytest.raises(ConfigError) as error:
+        Preprocess.from_dict(Preprocess().to_dict() | {"mean": "dark"})
+    assert str(error.value) == (
+        "`mean` should be three numbers, one for each of red, green and blue, found 'dark'."
+    )
