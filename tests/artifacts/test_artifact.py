@@ -133,6 +133,16 @@ def test_class_names_are_checked(names: Any, model: Classifier, tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_history_that_is_no_json(model: Classifier, tmp_path: Path) -> None:
+    message = (
+        "The metadata of an artifact should be JSON data: "
+        "Object of type set is not JSON serializable."
+    )
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        save_artifact(tmp_path / "m.safetensors", model, class_names=NAMES, history={"a": {1}})
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_broken_weights_are_not_saved(model: Classifier, tmp_path: Path) -> None:
     nn.init.constant_(model.head.weight, float("nan"))
     message = (

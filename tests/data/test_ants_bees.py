@@ -148,7 +148,7 @@ def test_path_comes_first(
     monkeypatch.setenv(DATA_VARIABLE, "elsewhere")
     found = find_ants_bees(photos if inner else photos.parent, cache=cache)
     assert found == AntsBees(photos, "path", "the path given")
-    assert capsys.readouterr().out == (f"Ants and bees: photographs in {photos} (the path given)\n")
+    assert capsys.readouterr().out == (f"Ants and bees: pictures in {photos} (the path given)\n")
     assert not cache.exists()
 
 
@@ -214,6 +214,22 @@ def test_drawing_comes_last_and_happens_once(
 
     monkeypatch.setattr(ants_bees, "write_drawn_pictures", fail)
     assert find_ants_bees(cache=cache, download=False) == found
+
+
+def test_photographs_are_not_looked_for_where_that_is_wished(
+    published: Path,
+    cache: Path,
+    server: Server,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv(DATA_VARIABLE, str(published))
+    found = find_ants_bees(cache=cache, url=server.url, photographs=False)
+    assert found == AntsBees(cache / DRAWN_NAME, "drawn", "photographs are not asked for")
+    assert server.num_requests == 0
+    assert capsys.readouterr().out == (
+        f"Ants and bees: drawn pictures in {cache / DRAWN_NAME} (photographs are not asked for)\n"
+    )
 
 
 def test_drawn_pictures_do_not_keep_photographs_from_being_fetched(
@@ -423,12 +439,12 @@ def test_other_contents_are_a_warning(published: Path, monkeypatch: pytest.Monke
 # The archive
 
 
-def damage(archive: Path) -> bytes:
-    """Return the archive with other bytes in the middle of the first picture."""
+def damage(archive: Path, offset: int = 0) -> bytes:
+    """Return the archive with other bytes in the last picture, from `offset` on."""
     with zipfile.ZipFile(archive) as file:
-        member = next(each for each in file.infolist() if each.filename.endswith(".png"))
+        member = file.getinfo(f"{FOLDER_NAME}/val/bees/000.png")
     content = bytearray(archive.read_bytes())
-    start = member.header_offset + 30 + len(member.filename) + 20
+    start = member.header_offset + 30 + len(member.filename) + offset
     content[start : start + 40] = b"\xff" * 40
     return bytes(content)
 
@@ -520,13 +536,15 @@ def test_file_that_is_no_archive_is_refused(tmp_path: Path) -> None:
     )
 
 
-def test_damaged_member_is_refused(tmp_path: Path, archive: Path) -> None:
-    archive.write_bytes(damage(archive))
+@pytest.mark.parametrize("offset", [0, 20])
+def test_damaged_member_is_refused(tmp_path: Path, archive: Path, offset: int) -> None:
+    archive.write_bytes(damage(archive, offset))
     with pytest.raises(DataError) as error:
         extract_archive(archive, tmp_path / "target")
     assert str(error.value) == (
         f"The archive `{archive}` is no zip file, or damaged: {error.value.__cause__}."
     )
+    assert not (tmp_path / "target").exists()
 
 
 def test_locked_member_is_refused(tmp_path: Path) -> None:

@@ -40,7 +40,10 @@ def test_factory_and_object(model: Classifier) -> None:
 
 
 def test_unknown_name(model: Classifier) -> None:
-    message = "Unknown optimizer `adamww`. Did you mean `adamw`? `list_optimizers()` names all 3."
+    message = (
+        "Unknown optimizer `adamww`. Did you mean `adamw`? "
+        "`transferkit.training.list_optimizers()` names all 3."
+    )
     with pytest.raises(UnknownNameError, match=f"^{re.escape(message)}$"):
         make("adamww", model)
 

@@ -161,7 +161,7 @@ def test_unknown_option() -> None:
     with pytest.raises(
         ConfigError,
         match=r"^The scheduler 'step' cannot be built with the options \{'gama': 1\}: "
-        r".*unexpected keyword argument 'gama'.*\.$",
+        r"it got an unexpected keyword argument 'gama'.*\.$",
     ):
         make("step", gama=1)
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import StepLR
 
+from transferkit.artifacts.format import read_file
 from transferkit.data import ImageDataset, ImageLoader, ImageSplits, load_folders
 from transferkit.errors import ConfigError, FreezeError, ImageError, OutputError, UnknownNameError
 from transferkit.models import BackboneSpec, Classifier, build_model
@@ -419,6 +420,16 @@ def test_channels_last_changes_the_last_bits_only(make: Make) -> None:
     assert first.column("train_loss") == pytest.approx(second.column("train_loss"), rel=1e-3)
 
 
+def test_a_fit_with_a_broken_epoch_can_be_saved(make: Make, tmp_path: Path) -> None:
+    trainer = make()
+    trainer.fit(1)
+    broken_epoch = replace(trainer.history[0], epoch=2, val_loss=float("nan"))
+    trainer.history.records.append(broken_epoch)
+    path = trainer.save(tmp_path / "m.safetensors")
+    _, data = read_file(path)
+    assert [record["val_loss"] is None for record in data["history"]["records"]] == [False, True]
+
+
 def test_save_into_a_missing_folder(make: Make, tmp_path: Path) -> None:
     target = tmp_path / "none" / "model.safetensors"
     message = (
@@ -440,7 +451,9 @@ def test_fit_on_an_accelerator(make: Make) -> None:
 
 def test_schedule_error_names_the_factory() -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    with pytest.raises(ConfigError, match=r"^The scheduler .*broken.* cannot be built"):
+    with pytest.raises(
+        ConfigError, match=r"^The scheduler 'broken' cannot be built with the options \{\}: no\.$"
+    ):
         make_schedule(broken, optimizer, num_epochs=1, steps_per_epoch=1, options={})
 
 

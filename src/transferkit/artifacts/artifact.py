@@ -70,7 +70,8 @@ def save_artifact(
         The path.
 
     Raises:
-        ConfigError: The class names do not fit the model.
+        ConfigError: The class names do not fit the model, its weights are not finite, or
+            the history is no JSON data.
         OutputError: The file cannot be written.
     """
     names = _check_class_names(class_names, model.num_classes)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from transferkit._files import atomic_path
-from transferkit.errors import ArtifactError
+from transferkit.errors import ArtifactError, ConfigError
 
 FORMAT_VERSION = 1
 """The version this library writes. It reads this one and refuses newer ones."""
@@ -38,12 +38,17 @@ def write_file(
         The path.
 
     Raises:
+        ConfigError: `data` is no JSON data.
         OutputError: The file cannot be written.
     """
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     # Two names for one memory (tied weights) are two tensors in the file.
     separate = {name: value.clone() for name, value in plain.items()}
-    text = json.dumps({"format_version": FORMAT_VERSION, **data}, allow_nan=False, sort_keys=True)
+    everything = {"format_version": FORMAT_VERSION, **data}
+    try:
+        text = json.dumps(everything, allow_nan=False, sort_keys=True)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"The metadata of an artifact should be JSON data: {error}.") from error
     metadata = {_JSON_KEY: text, _DIGEST_KEY: _digest(separate, text)}
     with atomic_path(path) as temporary:
         try:

@@ -2,7 +2,7 @@
 
 Class indices come from the sorted class names of the training split and are pinned by name
 in every other split. Order and augmentation are pure functions of (seed, epoch, index).
-This room may import `images` and the errors.
+This room may import `images` and what lies below.
 """
 
 from transferkit.data import ants_bees

@@ -90,7 +90,7 @@ class ImageLoader:
     ) -> None:
         check_batch_size(batch_size)
         self.dataset = dataset
-        self.num_workers = resolve_num_workers(num_workers, num_images=len(dataset))
+        self.num_workers: int = resolve_num_workers(num_workers, num_images=len(dataset))
         self._sampler = _EpochSampler(len(dataset), batch_size, shuffle, check_seed(seed))
         self._view = _SeededView(dataset.with_transform(None), transform, seed)
         self._pin_memory = pin_memory

@@ -1,6 +1,6 @@
 """Numbers about predictions: loss, accuracy, the confusion matrix.
 
-This room may import `models`, `data`, `images` and the errors.
+This room may import `models`, `data`, `images` and what lies below.
 """
 
 from transferkit.evaluation.evaluate import Evaluation, evaluate_model

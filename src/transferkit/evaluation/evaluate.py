@@ -59,7 +59,7 @@ class RunningMean:
     """Average a loss and count hits over batches of different sizes, on the device."""
 
     def __init__(self, device: torch.device) -> None:
-        self.num_images = 0
+        self.num_images: int = 0
         # Sums stay on the device: reading one back each step would make the device wait.
         dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64.
         self._loss = torch.zeros((), device=device, dtype=dtype)

@@ -2,7 +2,8 @@
 
 `decode_image` is the one place where bytes become pixels. `Preprocess` is the description
 of the deterministic way from pixels to the network's input, and augmentation presets are
-the random way. This room imports nothing of the package but the errors.
+the random way. This room imports nothing of the package but the
+errors and the private modules that are open to all.
 """
 
 from transferkit.images.augment import (

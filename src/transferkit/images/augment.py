@@ -15,7 +15,9 @@ Augmentation: TypeAlias = "Callable[[Tensor], Tensor]"
 
 AugmentationFactory: TypeAlias = "Callable[[int, v2.InterpolationMode], Augmentation]"
 
-_PRESETS: Registry[AugmentationFactory] = Registry("augmentation", lister="list_augmentations()")
+_PRESETS: Registry[AugmentationFactory] = Registry(
+    "augmentation", lister="transferkit.images.list_augmentations()"
+)
 
 
 @_PRESETS.decorator("tutorial")

@@ -1,6 +1,6 @@
 """Prediction: from an artifact and a picture to a label.
 
-This room may import `artifacts`, `evaluation`, `models`, `data`, `images` and the errors,
+This room may import `artifacts`, `evaluation`, `models`, `data`, `images` and what lies below,
 and does not know `training`.
 """
 

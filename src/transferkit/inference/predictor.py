@@ -57,8 +57,8 @@ class Predictor:
                 f"`class_names` should have a name for each of the model's {model.num_classes} "
                 f"classes, found {len(self.class_names)}."
             )
-        self.device = resolve_device(device)
-        self.model = model.to(self.device)
+        self.device: torch.device = resolve_device(device)
+        self.model: Classifier = model.to(self.device)
 
     @classmethod
     def load(

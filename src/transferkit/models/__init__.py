@@ -4,17 +4,18 @@
 head is, which weights it has and how pictures are preprocessed for it; two providers
 (torchvision and timm) and one built-in with weights from the package index fill the
 registry. Freezing lives here, since it is a state of the model. This room may import
-`data`, `images` and the errors.
+`data`, `images` and what lies below.
 """
 
 from transferkit.models.build import build_model
 from transferkit.models.classifier import Classifier
-from transferkit.models.freezing import FreezePlan
+from transferkit.models.freezing import BatchNormMode, FreezePlan
 from transferkit.models.registry import get_backbone, list_backbones, register_backbone
 from transferkit.models.spec import BackboneSpec
 
 __all__ = [
     "BackboneSpec",
+    "BatchNormMode",
     "Classifier",
     "FreezePlan",
     "build_model",

@@ -45,12 +45,12 @@ class Classifier(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.head = nn.Linear(num_features, num_classes)
+        self.head: nn.Linear = nn.Linear(num_features, num_classes)
         self.num_features = num_features
         self.num_classes = num_classes
         self.backbone_name = backbone_name
         self.preprocess = preprocess
-        self.freeze_plan = FreezePlan()
+        self.freeze_plan: FreezePlan = FreezePlan()
         self._pinned: tuple[str, ...] = ()
 
     def features(self, images: Tensor) -> Tensor:

@@ -1,12 +1,12 @@
 """Training: the loop, what it is told by (recipes, schedulers) and what it tells (callbacks).
 
-This room may import `artifacts`, `evaluation`, `models`, `data`, `images` and the errors,
+This room may import `artifacts`, `evaluation`, `models`, `data`, `images` and what lies below,
 and does not know `inference`.
 """
 
 from transferkit.training.callbacks import Callback, CSVLog, EarlyStopping, EpochLog, ProgressBar
 from transferkit.training.history import EpochRecord, History
-from transferkit.training.optimizers import OptimizerFactory
+from transferkit.training.optimizers import OptimizerFactory, list_optimizers
 from transferkit.training.recipes import RECIPES, Recipe
 from transferkit.training.schedulers import (
     Schedule,
@@ -14,12 +14,13 @@ from transferkit.training.schedulers import (
     list_schedulers,
     register_scheduler,
 )
-from transferkit.training.trainer import Trainer
+from transferkit.training.trainer import Criterion, Trainer
 
 __all__ = [
     "RECIPES",
     "CSVLog",
     "Callback",
+    "Criterion",
     "EarlyStopping",
     "EpochLog",
     "EpochRecord",
@@ -30,6 +31,7 @@ __all__ = [
     "Schedule",
     "SchedulerFactory",
     "Trainer",
+    "list_optimizers",
     "list_schedulers",
     "register_scheduler",
 ]

@@ -148,8 +148,9 @@ class EarlyStopping(Callback):
             raise ConfigError(f"`patience` should be at least 1, found {patience}.")
         if min_delta < 0:
             raise ConfigError(f"`min_delta` should be at least 0, found {min_delta}.")
-        self.monitor = check_record_key(monitor)
-        self.patience, self.min_delta = patience, min_delta
+        self.monitor: str = check_record_key(monitor)
+        self.patience: int = patience
+        self.min_delta: float = min_delta
         self._best = float("-inf")
         self._waited = 0
 
@@ -180,7 +181,7 @@ class CSVLog(Callback):
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = check_writable(Path(path))
+        self.path: Path = check_writable(Path(path))
 
     def on_fit_start(self, trainer: Trainer, num_epochs: int) -> None:
         """Begin the file with its header."""

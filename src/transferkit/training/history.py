@@ -112,30 +112,31 @@ class History:
         return [record.get(key) for record in self.records]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the history as plain JSON data."""
-        return asdict(self)
+        """Return the history as plain JSON data; values that are not finite are None."""
+        data = asdict(self)
+        data["records"] = [
+            {key: _finite_or_none(value) for key, value in record.items()}
+            for record in data["records"]
+        ]
+        return data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> History:
-        """Build a history from what `to_dict` returned.
+        """Build a history from what `to_dict` returned; None stands for NaN.
 
         Raises:
             DataError: The data is not of that form.
         """
         try:
             rest = {key: value for key, value in data.items() if key != "records"}
-            return cls([EpochRecord(**record) for record in data["records"]], **rest)
+            records = [EpochRecord(**_none_to_nan(record)) for record in data["records"]]
+            return cls(records, **rest)
         except (AttributeError, KeyError, TypeError) as error:
             raise DataError(f"This is no history ({error}).") from error
 
     def to_json(self) -> str:
         """Return the history as JSON text; values that are not finite stand as null."""
-        data = self.to_dict()
-        data["records"] = [
-            {key: _finite_or_none(value) for key, value in record.items()}
-            for record in data["records"]
-        ]
-        return json.dumps(data, indent=2, allow_nan=False)
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> History:
@@ -148,8 +149,6 @@ class History:
             data = json.loads(text)
         except ValueError as error:
             raise DataError(f"This is no history: the text is no JSON ({error}).") from error
-        if isinstance(data, dict) and isinstance(data.get("records"), list):
-            data["records"] = [_null_to_nan(record) for record in data["records"]]
         return cls.from_dict(data)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -176,7 +175,5 @@ def _finite_or_none(value: float) -> float | None:
     return value if abs(value) < float("inf") else None
 
 
-def _null_to_nan(record: Any) -> Any:
-    if not isinstance(record, dict):
-        return record
+def _none_to_nan(record: Mapping[str, Any]) -> dict[str, Any]:
     return {key: float("nan") if value is None else value for key, value in record.items()}

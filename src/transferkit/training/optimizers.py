@@ -22,7 +22,9 @@ class OptimizerFactory(Protocol):
         ...
 
 
-_NAMED: Registry[Callable[..., Optimizer]] = Registry("optimizer", lister="list_optimizers()")
+_NAMED: Registry[Callable[..., Optimizer]] = Registry(
+    "optimizer", lister="transferkit.training.list_optimizers()"
+)
 _NAMED.add("sgd", torch.optim.SGD)
 _NAMED.add("adam", torch.optim.Adam)
 _NAMED.add("adamw", torch.optim.AdamW)

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from transferkit._registry import Registry
 from transferkit.errors import ConfigError, TransferkitError
 from transferkit.training.history import check_record_key
+from transferkit.training.settings import name_of
 
 Interval: TypeAlias = Literal["step", "epoch"]
 
@@ -160,8 +161,11 @@ def make_schedule(
         except TransferkitError:
             raise
         except (TypeError, ValueError) as error:
+            name = getattr(factory, "__name__", "")
+            reason = str(error).replace(f"{name}()", "it") if name else str(error)
             raise ConfigError(
-                f"The scheduler {scheduler!r} cannot be built with the options {options}: {error}."
+                f"The scheduler {name_of(scheduler)!r} cannot be built with the options "
+                f"{options}: {reason}."
             ) from error
     schedule = built if isinstance(built, Schedule) else _wrap(built)
     if schedule.scheduler is not None and schedule.scheduler.optimizer is not optimizer:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,8 @@ from transferkit.training.recipes import Recipe
 from transferkit.training.schedulers import Schedule, SchedulerFactory, make_schedule
 from transferkit.training.settings import name_of, resolve_recipe
 
-Criterion = Callable[[Tensor, Tensor], Tensor]
+Criterion: TypeAlias = "Callable[[Tensor, Tensor], Tensor]"
+"""A callable from logits (N, C) and targets (N,) to the batch's mean loss, a scalar."""
 
 
 class Trainer:
@@ -115,10 +116,11 @@ class Trainer:
                 f"{', ...' if data.num_classes > 5 else ''}) and the model {model.num_classes}. "
                 f"Build it with `num_classes=len(data.class_names)`."
             )
-        self.model, self.data = model, data
-        self.seed = check_seed(seed)
-        self.device = resolve_device(device)
-        self.recipe = resolve_recipe(
+        self.model: Classifier = model
+        self.data: ImageSplits = data
+        self.seed: int = check_seed(seed)
+        self.device: torch.device = resolve_device(device)
+        self.recipe: Recipe = resolve_recipe(
             recipe or ("probe" if model.is_backbone_frozen else "finetune"),
             optimizer=optimizer,
             scheduler=scheduler,
@@ -128,8 +130,8 @@ class Trainer:
             rates={"lr": lr, "momentum": momentum, "weight_decay": weight_decay},
         )
         self.criterion: Criterion = criterion or nn.CrossEntropyLoss()
-        self.history = History()
-        self.should_stop = False
+        self.history: History = History()
+        self.should_stop: bool = False
         self._optimizer = optimizer if optimizer is not None else self.recipe.optimizer
         self._scheduler = scheduler if scheduler is not None else self.recipe.scheduler
         self._augmentation = augmentation if augmentation is not None else self.recipe.augmentation
