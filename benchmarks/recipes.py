@@ -1,7 +1,7 @@
 """Measure settings for linear probing and fine-tuning: what the default recipes were picked by.
 
     python benchmarks/recipes.py --scenario probe --data photographs
-    python benchmarks/recipes.py --scenario finetune --data drawn --only sgd-0.01
+    python benchmarks/recipes.py --scenario finetune --data drawn --only sgd-0.01-b16
 
 Each candidate is trained from several seeds; a row is printed as soon as its runs end: the
 best epoch's validation accuracy of each seed, their mean, the mean validation loss of these
@@ -21,14 +21,22 @@ from transferkit.data.ants_bees import find_ants_bees
 BACKBONE = "efficientnet_lite0"
 CANDIDATES: dict[str, dict[str, dict[str, Any]]] = {
     "probe": {
-        "sgd-0.03": {"optimizer": "sgd", "lr": 0.03, "scheduler": "cosine"},
-        "sgd-0.01": {"optimizer": "sgd", "lr": 0.01, "scheduler": "cosine"},
-        "adamw-0.003": {"optimizer": "adamw", "lr": 0.003, "scheduler": "cosine"},
+        "sgd-0.03-b16": {"optimizer": "sgd", "lr": 0.03, "scheduler": "cosine"},
+        "sgd-0.01-b16": {"optimizer": "sgd", "lr": 0.01, "scheduler": "cosine"},
+        "adamw-0.003-b16": {"optimizer": "adamw", "lr": 0.003, "scheduler": "cosine"},
     },
     "finetune": {
-        "sgd-0.01": {"optimizer": "sgd", "lr": 0.01, "scheduler": "warmup_cosine"},
-        "sgd-0.003": {"optimizer": "sgd", "lr": 0.003, "scheduler": "warmup_cosine"},
-        "adamw-0.0003": {"optimizer": "adamw", "lr": 0.0003, "scheduler": "warmup_cosine"},
+        "sgd-0.003-b16": {"optimizer": "sgd", "lr": 0.003, "scheduler": "warmup_cosine"},
+        "sgd-0.01-b16": {"optimizer": "sgd", "lr": 0.01, "scheduler": "warmup_cosine"},
+        "sgd-0.03-b16": {"optimizer": "sgd", "lr": 0.03, "scheduler": "warmup_cosine"},
+        "sgd-0.01-b8": {
+            "optimizer": "sgd",
+            "lr": 0.01,
+            "scheduler": "warmup_cosine",
+            "batch_size": 8,
+        },
+        "adamw-0.0003-b16": {"optimizer": "adamw", "lr": 0.0003, "scheduler": "warmup_cosine"},
+        "adamw-0.001-b16": {"optimizer": "adamw", "lr": 0.001, "scheduler": "warmup_cosine"},
     },
 }
 
@@ -39,7 +47,8 @@ def measure(
     """Train once and return the history."""
     freeze = "backbone" if scenario == "probe" else "none"
     model = tk.build_model(BACKBONE, data.num_classes, freeze=freeze, seed=seed)
-    trainer = tk.Trainer(model, data, batch_size=16, seed=seed, verbose=False, **settings)
+    options: dict[str, Any] = {"batch_size": 16, "verbose": False} | settings
+    trainer = tk.Trainer(model, data, seed=seed, **options)
     return trainer.fit(epochs)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import matplotlib as mpl
 import pytest
 import torch
+from hypothesis import settings
 
 from transferkit.data import ImageSplits, load_folders
 from transferkit.data.ants_bees import FOLDER_NAME
@@ -17,6 +18,9 @@ from transferkit.models import BackboneSpec
 from transferkit.testing import make_image_folder
 
 mpl.use("Agg")
+# Machines that run tests are shared: a slow example says nothing about the code.
+settings.register_profile("transferkit", deadline=None)
+settings.load_profile("transferkit")
 
 
 @pytest.fixture(autouse=True)

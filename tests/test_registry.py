@@ -3,7 +3,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transferkit._registry import Registry
@@ -16,6 +16,7 @@ def make_registry() -> Registry[int]:
     return Registry("number", lister="list_numbers()")
 
 
+@settings(deadline=None)
 @given(st.dictionaries(NAMES, st.integers()))
 def test_what_was_added_is_found_and_listed(entries: dict[str, int]) -> None:
     registry = make_registry()
@@ -25,6 +26,7 @@ def test_what_was_added_is_found_and_listed(entries: dict[str, int]) -> None:
     assert {name: registry.get(name) for name in registry.names()} == entries
 
 
+@settings(deadline=None)
 @given(st.dictionaries(NAMES, st.integers(), min_size=1), st.data())
 def test_what_was_removed_is_unknown_and_can_come_back(
     entries: dict[str, int], data: st.DataObject
@@ -42,6 +44,7 @@ def test_what_was_removed_is_unknown_and_can_come_back(
     assert registry.get(gone) == -1
 
 
+@settings(deadline=None)
 @given(st.sampled_from(["efficientnet", "mobilenet", "shufflenet"]), st.data())
 def test_one_wrong_letter_suggests_the_right_name(name: str, data: st.DataObject) -> None:
     registry = make_registry()

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from transferkit.errors import OutputError
+from transferkit.errors import OutputError, TransferkitError
 
 
 @contextmanager
@@ -35,6 +35,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         _flush(temporary)
         temporary.replace(target)
         _flush_folder(target.parent)
+    except TransferkitError:
+        raise
     except OSError as error:
         raise _output_error(target, error) from error
     finally:
@@ -94,7 +96,7 @@ def _reserve(target: Path) -> Path:
             f"Create it first."
         )
     try:
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:80]}.")
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=".transferkit-")
         os.close(handle)
     except OSError as error:
         raise _output_error(target, error) from error

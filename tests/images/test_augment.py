@@ -74,5 +74,5 @@ def test_unknown_preset_is_an_error() -> None:
     with pytest.raises(UnknownNameError) as error:
         make_augmentation("strong", size=8)
     assert str(error.value) == (
-        "Unknown augmentation `strong`. `list_augmentations()` names all 2."
+        "Unknown augmentation `strong`. `transferkit.images.list_augmentations()` names all 2."
     )

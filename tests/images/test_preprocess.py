@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torchvision import transforms
@@ -111,6 +111,7 @@ def test_normalize_agrees_with_numpy() -> None:
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-6)
 
 
+@settings(deadline=None)
 @given(PREPROCESSES, st.integers(0, 2**32 - 1))
 def test_denormalize_undoes_normalize(preprocess: Preprocess, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -185,7 +186,7 @@ def test_unknown_preset_is_an_error() -> None:
         Preprocess().train("tutorials")
     assert str(error.value) == (
         "Unknown augmentation `tutorials`. Did you mean `tutorial`? "
-        "`list_augmentations()` names all 2."
+        "`transferkit.images.list_augmentations()` names all 2."
     )
 
 
@@ -198,6 +199,7 @@ def test_transforms_can_be_sent_to_workers() -> None:
 # The description as data
 
 
+@settings(deadline=None)
 @given(PREPROCESSES)
 def test_description_survives_json(preprocess: Preprocess) -> None:
     text = json.dumps(preprocess.to_dict(), allow_nan=False)

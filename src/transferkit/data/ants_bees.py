@@ -14,6 +14,7 @@ import stat
 import tempfile
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -41,6 +42,9 @@ MAX_MEMBER_BYTES = 20_000_000
 MAX_ARCHIVE_BYTES = 200_000_000
 CONNECT_TIMEOUT_S = 5.0
 READ_TIMEOUT_S = 60.0
+
+# What zipfile raises on archives that are damaged, locked or packed in an unknown way.
+_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError)
 
 Source: TypeAlias = Literal["path", "environment", "cache", "download", "drawn"]
 
@@ -254,7 +258,12 @@ def _fill_folder(target: Path, fill: Callable[[Path], object]) -> Path:
         ) from error
     with temporary as name:
         fill(Path(name))
-        Path(name, "result").rename(target)
+        try:
+            Path(name, "result").rename(target)
+        except OSError:
+            # Another process was faster; what it put there was filled in the same way.
+            if not target.is_dir():
+                raise
     return target
 
 
@@ -279,10 +288,14 @@ def extract_archive(archive: str | os.PathLike[str], target: str | os.PathLike[s
                     f"The archive unpacks to more than {MAX_ARCHIVE_BYTES:,} bytes; the "
                     f"photographs are 47 million. It is not unpacked."
                 )
+            # Every member is read once before anything is written, so that damage shows.
+            damaged = file.testzip()
+            if damaged is not None:
+                raise zipfile.BadZipFile(f"its member `{damaged}` is damaged")
             for member in members:
                 if _belongs(member.filename):
                     file.extract(member, target)
-    except zipfile.BadZipFile as error:
+    except _ZIP_ERRORS as error:
         raise DataError(f"The archive `{archive}` is no zip file, or damaged: {error}.") from error
 
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import NoReturn
 
 from transferkit.data.dataset import ImageDataset, ImageSplits, SkippedFile
 from transferkit.errors import DataError
@@ -96,7 +97,7 @@ def find_images(root: str | os.PathLike[str]) -> list[Path]:
         what = "is a file" if folder.exists() else "does not exist"
         raise DataError(f"The folder `{folder}` {what}. Expected a folder with pictures.")
     found: list[Path] = []
-    for parent, folders, files in os.walk(folder):
+    for parent, folders, files in os.walk(folder, onerror=_stop):
         folders[:] = [name for name in folders if not _is_hidden(name)]
         found += [
             Path(parent, name)
@@ -114,7 +115,7 @@ def find_images(root: str | os.PathLike[str]) -> list[Path]:
 def _check_split_folders(root: Path, names: Sequence[str]) -> None:
     for name in names:
         if not (root / name).is_dir():
-            found = sorted(child.name for child in root.iterdir() if child.is_dir())
+            found = sorted(child.name for child in _entries(root) if child.is_dir())
             raise DataError(
                 f"The data folder `{root}` has no subfolder `{name}`; it has "
                 f"{found or 'no subfolders'}. Expected {_LAYOUT}."
@@ -185,9 +186,17 @@ def _entries(folder: Path) -> list[Path]:
     try:
         return list(folder.iterdir())
     except OSError as error:
-        raise DataError(
-            f"Cannot read the folder `{folder}`: {(error.strerror or str(error)).lower()}."
-        ) from error
+        raise _unreadable(folder, error) from error
+
+
+def _stop(error: OSError) -> NoReturn:
+    """Raise what `os.walk` would pass over."""
+    raise _unreadable(error.filename, error) from error
+
+
+def _unreadable(folder: object, error: OSError) -> DataError:
+    reason = (error.strerror or str(error)).lower()
+    return DataError(f"Cannot read the folder `{folder}`: {reason}.")
 
 
 def _is_hidden(name: str) -> bool:

@@ -95,6 +95,7 @@ class ImageLoader:
         self._view = _SeededView(dataset.with_transform(None), transform, seed)
         self._pin_memory = pin_memory
         self._loader: DataLoader[Any] | None = None
+        self._iterator: Any = None
 
     def __len__(self) -> int:
         """Return the number of batches in a pass."""
@@ -110,18 +111,25 @@ class ImageLoader:
             The batches.
 
         Raises:
+            ConfigError: The epoch is negative.
             ImageError: A picture cannot be read; the message names its path.
         """
+        if epoch < 0:
+            raise ConfigError(f"`epoch` should be at least 0, found {epoch}.")
         self._sampler.epoch = epoch
         self._loader = self._loader or self._start()
-        for item in self._loader:
+        self._iterator = iter(self._loader)
+        for item in self._iterator:
             if isinstance(item, TransferkitError):
                 raise item
             yield item
 
     def close(self) -> None:
         """End the worker processes; a later pass starts new ones."""
-        self._loader = None
+        if self._iterator is not None and self.num_workers:
+            # A pass that was cut off may still be held by its caller, and its workers with it.
+            self._iterator._shutdown_workers()
+        self._iterator = self._loader = None
 
     def _start(self) -> DataLoader[Any]:
         return DataLoader(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -56,7 +57,7 @@ def decode_image(source: ImageSource) -> Tensor:
     if isinstance(source, np.ndarray):
         return _from_array(source)
     if isinstance(source, Image.Image):
-        return _from_pil(source, "PIL image")
+        return _guarded(lambda: _from_pil(source, "PIL image"), "PIL image")
     if isinstance(source, bytes):
         return _from_file(io.BytesIO(source), f"{len(source)} bytes")
     if isinstance(source, (str, os.PathLike)):
@@ -94,16 +95,25 @@ def _from_path(path: Path) -> Tensor:
         # Opened here rather than by Pillow, so that a missing file and a bad one differ.
         with path.open("rb") as file:
             return _from_file(file, str(path))
-    except OSError as error:
-        raise ImageError(
-            f"Cannot read the picture `{path}`: {(error.strerror or str(error)).lower()}."
-        ) from error
+    except ImageError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a path that no file can have.
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ImageError(f"Cannot read the picture `{path}`: {reason.lower()}.") from error
 
 
 def _from_file(file: Any, name: str) -> Tensor:
-    try:
+    def read() -> Tensor:
         with Image.open(file, formats=SUPPORTED_FORMATS) as image:
             return _from_pil(image, name)
+
+    return _guarded(read, name)
+
+
+def _guarded(read: Callable[[], Tensor], name: str) -> Tensor:
+    """Turn whatever Pillow raises into an ImageError that names the picture."""
+    try:
+        return read()
     except (ImageError, MemoryError):
         raise
     except UnidentifiedImageError as error:
@@ -119,6 +129,8 @@ def _from_file(file: Any, name: str) -> Tensor:
 
 
 def _from_pil(image: Image.Image, name: str) -> Tensor:
+    if 0 in image.size:
+        raise ImageError(f"Cannot read the picture `{name}`: it has no pixels, {image.size}.")
     image = ImageOps.exif_transpose(image)
     pixels = np.array(_to_rgb(image, name))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()

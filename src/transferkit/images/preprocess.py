@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeAlias, get_args
@@ -212,6 +213,8 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 def _check_channels(name: str, values: Any) -> tuple[float, float, float]:
     try:
         red, green, blue = (float(value) for value in values)
+        if not all(math.isfinite(value) for value in (red, green, blue)):
+            raise ValueError
     except (TypeError, ValueError):
         raise ConfigError(
             f"`{name}` should be three numbers, one for each of red, green and blue, "

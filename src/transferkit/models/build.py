@@ -120,6 +120,11 @@ def _load_weights(
     *,
     own_network: bool,
 ) -> None:
+    if weights is not None and not isinstance(weights, (str, os.PathLike)):
+        raise ConfigError(
+            f'`weights` should be "default", None or the path of a .pth or .safetensors file, '
+            f"found {weights!r}."
+        )
     if weights is None or (own_network and weights == "default"):
         return
     if weights != "default":

@@ -65,7 +65,7 @@ class Classifier(nn.Module):
         Raises:
             BackboneError: The backbone gives something of another shape.
         """
-        if self.training and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():
             self._pin()
         features = self.backbone(images)
         expected = (len(images), self.num_features)
@@ -117,14 +117,14 @@ class Classifier(nn.Module):
 
     def _pin(self) -> None:
         # Also before each forward pass: `model.backbone.train()` goes round our `train`.
-        adapt = self.freeze_plan.bn == "adapt"
+        bn = self.freeze_plan.bn if self.training else "frozen"
         for name in self._pinned:
             module = self.get_submodule(name)
             if any(
-                layer.training != (adapt and isinstance(layer, _BatchNorm))
+                layer.training != (bn == "adapt" and isinstance(layer, _BatchNorm))
                 for layer in module.modules()
             ):
-                pin(module, self.freeze_plan.bn)
+                pin(module, bn)
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """Iterate over the parameters that are not frozen.

@@ -64,9 +64,11 @@ class FreezePlan:
             The plan.
 
         Raises:
-            FreezeError: It is none of these, or `bn` does not fit.
+            FreezeError: It is none of these, or `bn` does not fit or contradicts the plan.
         """
         if isinstance(freeze, FreezePlan):
+            if bn not in ("frozen", freeze.bn):
+                raise FreezeError(f"The freeze plan says bn={freeze.bn!r}, the argument bn={bn!r}.")
             return freeze
         if isinstance(freeze, str):
             shortcuts: dict[str, tuple[str, ...]] = {"none": (), "backbone": ("backbone.*",)}

@@ -110,4 +110,4 @@ def list_backbones(*, timm: bool = False) -> list[str]:
         >>> "resnet18" in list_backbones()
         True
     """
-    return _BACKBONES.names() + (list_timm_backbones() if timm else [])
+    return sorted(_BACKBONES.names() + (list_timm_backbones() if timm else []))

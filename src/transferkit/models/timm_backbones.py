@@ -53,8 +53,16 @@ def timm_spec(name: str) -> BackboneSpec:
         raise unknown_name(
             "backbone", name, list_timm_backbones(), lister="list_backbones(timm=True)"
         )
-    config = timm.get_pretrained_cfg(model_name, allow_unregistered=True)
-    config = config.to_dict() if config is not None else {}
+    try:
+        config = timm.get_pretrained_cfg(model_name, allow_unregistered=False).to_dict()
+    except RuntimeError as error:
+        tags = timm.list_pretrained(f"{model_name.split('.')[0]}*")
+        raise unknown_name(
+            "backbone",
+            name,
+            [f"{TIMM_PREFIX}{tag}" for tag in tags],
+            lister="timm.list_pretrained()",
+        ) from error
     return BackboneSpec(
         name=name,
         build=partial(timm.create_model, model_name, pretrained=False, num_classes=0),
@@ -93,9 +101,15 @@ def _preprocess(name: str, config: Mapping[str, Any]) -> Preprocess:
             f"Backbone `{name}` prepares pictures with the crop mode `{crop_mode}`; "
             f"`center` and `squash` are supported."
         )
+    crop_share = config.get("crop_pct", 0.875)
+    if crop_share > 1:
+        raise BackboneError(
+            f"Backbone `{name}` prepares pictures with a crop that is larger than the picture "
+            f"(crop_pct {crop_share}); at most 1 is supported."
+        )
     return Preprocess(
         crop_size=height,
-        resize_size=math.floor(height / config.get("crop_pct", 0.875)),
+        resize_size=math.floor(height / crop_share),
         resize_mode="squash" if crop_mode == "squash" else "shorter",
         interpolation="bicubic" if config.get("interpolation") == "bicubic" else "bilinear",
         mean=config.get("mean", (0.485, 0.456, 0.406)),

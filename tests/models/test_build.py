@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from transferkit.errors import ConfigError, FreezeError, WeightsError
+from transferkit.images import Preprocess
+from transferkit.models import BackboneSpec, FreezePlan, build_model, register_backbone
+from transferkit.models.registry import _BACKBONES
+
+
+def test_name_spec_and_network_are_taken(tiny_spec: BackboneSpec) -> None:
+    register_backbone("tiny", lambda: tiny_spec)
+    try:
+        named = build_model("tiny", 3, weights=None)
+    finally:
+        _BACKBONES.remove("tiny")
+    specified = build_model(tiny_spec, 3, weights=None)
+    for name, value in named.state_dict().items():
+        assert torch.equal(specified.state_dict()[name], value)
+    for model in (named, specified):
+        assert model.backbone_name == "tiny"
+        assert model.num_features == 16
+        assert model.num_classes == 3
+        assert model.preprocess is tiny_spec.preprocess
+        assert model.training
+        assert model(torch.rand(2, 3, 32, 32)).shape == (2, 3)
+
+
+def test_own_network_is_taken_as_it_is() -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(48, 6))
+    before = network.get_parameter("1.weight").clone()
+    model = build_model(network, 2, num_features=6)
+    assert model.backbone is network
+    assert torch.equal(network.get_parameter("1.weight"), before)
+    assert model.backbone_name == "Sequential"
+    assert model.preprocess == Preprocess()
+    assert model(torch.rand(2, 3, 4, 4)).shape == (2, 2)
+
+
+def test_own_network_takes_a_file_too(tmp_path: Path) -> None:
+    networks = [nn.Sequential(nn.Flatten(), nn.Linear(48, 6)) for _ in range(2)]
+    network, other = networks
+    torch.save(other.state_dict(), tmp_path / "weights.pth")
+    build_model(network, 2, num_features=6, weights=tmp_path / "weights.pth")
+    assert torch.equal(network.get_parameter("1.weight"), other.get_parameter("1.weight"))
+
+
+def test_preprocess_can_be_replaced(tiny_spec: BackboneSpec) -> None:
+    preprocess = Preprocess(crop_size=16, resize_size=20)
+    model = build_model(tiny_spec, 2, weights=None, preprocess=preprocess)
+    assert model.preprocess is preprocess
+    own = build_model(nn.Flatten(), 2, num_features=6, preprocess=preprocess)
+    assert own.preprocess is preprocess
+
+
+def test_freezing_is_part_of_building(tiny_spec: BackboneSpec) -> None:
+    plan = FreezePlan(("backbone.conv1.*",))
+    model = build_model(tiny_spec, 2, weights=None, freeze=plan)
+    assert model.freeze_plan is plan
+    frozen = [name for name, each in model.named_parameters() if not each.requires_grad]
+    assert frozen == ["backbone.conv1.weight", "backbone.conv1.bias"]
+    adapting = build_model(tiny_spec, 2, weights=None, freeze="backbone", bn="adapt")
+    assert adapting.freeze_plan == FreezePlan(("backbone.*",), "adapt")
+    assert adapting.backbone.get_submodule("bn1").training
+
+
+def test_seed_rules_all_random_weights_and_the_callers_state_is_untouched(
+    tiny_spec: BackboneSpec,
+) -> None:
+    states = random.getstate(), str(np.random.get_state()), torch.get_rng_state()
+    first, second, other = (
+        build_model(tiny_spec, 2, weights=None, seed=seed).state_dict() for seed in (3, 3, 4)
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["head.weight"], other["head.weight"])
+    assert not torch.equal(first["backbone.conv1.weight"], other["backbone.conv1.weight"])
+    assert random.getstate() == states[0]
+    assert str(np.random.get_state()) == states[1]
+    assert torch.equal(torch.get_rng_state(), states[2])
+
+
+def test_default_weights_are_those_of_the_spec(tiny_spec: BackboneSpec) -> None:
+    torch.manual_seed(9)
+    state = tiny_spec.build().state_dict()
+    spec = BackboneSpec(
+        name="tiny",
+        build=tiny_spec.build,
+        head_path="fc",
+        preprocess=tiny_spec.preprocess,
+        load_weights=lambda: state,
+    )
+    found = build_model(spec, 2).backbone.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in found.items())
+
+
+def test_backbone_without_default_weights_is_an_error(tiny_spec: BackboneSpec) -> None:
+    with pytest.raises(WeightsError) as error:
+        build_model(tiny_spec, 2)
+    assert str(error.value) == (
+        "Backbone `tiny` has no default weights. Pass a file as `weights=PATH` or keep random "
+        "weights with `weights=None`."
+    )
+
+
+@pytest.mark.parametrize("number", [1, 0, -2, True, 2.0, "2", None])
+def test_number_of_classes_that_cannot_work_is_an_error(
+    tiny_spec: BackboneSpec, number: Any
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        build_model(tiny_spec, number, weights=None)
+    assert str(error.value) == (
+        f"`num_classes` should be an integer of at least 2, found {number!r}."
+    )
+
+
+def test_own_network_without_its_number_of_features_is_an_error() -> None:
+    with pytest.raises(ConfigError) as error:
+        build_model(nn.Flatten(), 2)
+    assert str(error.value) == (
+        "A network of your own needs `num_features`, the D of its features (N, D)."
+    )
+
+
+@pytest.mark.parametrize("name", [True, False])
+def test_number_of_features_of_a_known_backbone_is_an_error(
+    tiny_spec: BackboneSpec, name: bool
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        build_model("resnet18" if name else tiny_spec, 2, num_features=512)
+    assert str(error.value) == (
+        "`num_features` is for a network of your own; a named backbone knows it. Leave it out."
+    )
+
+
+@pytest.mark.parametrize("backbone", [None, 18, nn.Flatten])
+def test_backbone_of_another_kind_is_an_error(backbone: Any) -> None:
+    with pytest.raises(ConfigError) as error:
+        build_model(backbone, 2)
+    assert str(error.value) == (
+        f"`backbone` should be a name, a BackboneSpec or an nn.Module, "
+        f"found {type(backbone).__name__}."
+    )
+
+
+def test_other_arguments_are_checked(tiny_spec: BackboneSpec) -> None:
+    with pytest.raises(ConfigError, match=r"^`seed` should be "):
+        build_model(tiny_spec, 2, weights=None, seed=-1)
+    with pytest.raises(FreezeError, match=r"^`bn` should be "):
+        build_model(tiny_spec, 2, weights=None, freeze="backbone", bn="x")  # type: ignore[arg-type]
