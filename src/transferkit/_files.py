@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from transferkit._checks import check_path
 from transferkit.errors import OutputError, TransferkitError
 
 
@@ -28,10 +29,11 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         OutputError: The folder is missing or cannot be written, or writing failed.
     """
-    target = Path(path)
+    target = check_path("path", path)
     temporary = _reserve(target)
     try:
         yield temporary
+        _share(temporary)
         _flush(temporary)
         temporary.replace(target)
         _flush_folder(target.parent)
@@ -60,7 +62,7 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
     Raises:
         OutputError: It cannot be created, is a file, or cannot be written.
     """
-    folder = Path(path)
+    folder = check_path("path", path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -81,7 +83,7 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
     Raises:
         OutputError: The folder is missing or cannot be written, or `path` is a folder.
     """
-    target = Path(path)
+    target = check_path("path", path)
     _reserve(target).unlink()
     return target
 
@@ -90,6 +92,9 @@ def _reserve(target: Path) -> Path:
     """Create an empty temporary file beside `target` and return its path."""
     if target.is_dir():
         raise OutputError(f"Cannot write `{target}`: it is a folder. Give a file name.")
+    if target.exists() and not target.is_file():
+        # Renaming over a device such as /dev/null would put a file in its place.
+        raise OutputError(f"Cannot write `{target}`: it is no regular file. Give a file name.")
     if not target.parent.is_dir():
         raise OutputError(
             f"Cannot write `{target}`: the folder `{target.parent}` does not exist. "
@@ -100,12 +105,14 @@ def _reserve(target: Path) -> Path:
         os.close(handle)
     except OSError as error:
         raise _output_error(target, error) from error
-    temporary = Path(name)
-    # mkstemp makes the file private to the user; the result gets the usual rights.
+    return Path(name)
+
+
+def _share(path: Path) -> None:
+    """Give a file the usual rights; temporary ones are private to the user."""
     umask = os.umask(0)
     os.umask(umask)
-    temporary.chmod(0o666 & ~umask)
-    return temporary
+    path.chmod(0o666 & ~umask)
 
 
 def _flush(path: Path) -> None:

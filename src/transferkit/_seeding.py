@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -15,14 +16,14 @@ MAX_SEED = 2**32 - 1
 
 
 def check_seed(seed: int) -> int:
-    """Return `seed` when it is an int in [0, 2**32 - 1].
+    """Return `seed` as an int when it is an integer, NumPy's too, in [0, 2**32 - 1].
 
     Raises:
         ConfigError: It is something else.
     """
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed <= MAX_SEED:
         raise ConfigError(f"`seed` should be an integer from 0 to {MAX_SEED}, found {seed!r}.")
-    return seed
+    return int(seed)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 from collections.abc import Callable
@@ -171,6 +172,19 @@ def test_a_full_disk_leaves_the_old_file(
         save_artifact(saved, model, class_names=NAMES)
     assert saved.read_bytes() == before
     assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_the_file_has_the_usual_rights(saved: Path) -> None:
+    plain = saved.parent / "plain"
+    plain.touch()
+    assert saved.stat().st_mode == plain.stat().st_mode
+
+
+def test_a_device_is_not_replaced_by_a_file(model: Classifier) -> None:
+    message = f"Cannot write `{os.devnull}`: it is no regular file. Give a file name."
+    with pytest.raises(OutputError, match=f"^{re.escape(message)}$"):
+        save_artifact(os.devnull, model, class_names=NAMES)
+    assert not Path(os.devnull).is_file()
 
 
 def test_missing_file(tmp_path: Path) -> None:

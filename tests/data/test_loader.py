@@ -13,7 +13,7 @@ from torch import Tensor
 
 from transferkit._seeding import seeded
 from transferkit.data import Batch, ImageDataset, ImageLoader, ImageSplits, loader
-from transferkit.data.loader import check_batch_size, resolve_num_workers
+from transferkit.data.loader import resolve_num_workers
 from transferkit.errors import ConfigError, ImageError
 from transferkit.images import Preprocess
 
@@ -282,9 +282,9 @@ def test_number_of_workers_that_cannot_work_is_an_error(tmp_path: Path, value: A
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.0, True, "4", None])
-def test_batch_size_that_cannot_work_is_an_error(value: Any) -> None:
+def test_batch_size_that_cannot_work_is_an_error(dataset: ImageDataset, value: Any) -> None:
     with pytest.raises(ConfigError) as error:
-        check_batch_size(value)
+        ImageLoader(dataset, PREPROCESS.eval(), batch_size=value)
     assert str(error.value) == f"`batch_size` should be an integer of at least 1, found {value!r}."
 
 

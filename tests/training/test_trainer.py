@@ -414,6 +414,41 @@ def test_bad_settings_are_found_before_anything_runs(
         make(**options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"criterion": "ce"},
+            "`criterion` should be a callable from (logits, targets) to the loss, found 'ce'.",
+        ),
+        ({"augmentation": 3}, "`augmentation` should be a preset's name or a callable, found 3."),
+        ({"callbacks": [3]}, "`callbacks` should be a list of Callbacks, found [3]."),
+        ({"recipe": 3}, "`recipe` should be a recipe or the name of one, found int."),
+        (
+            {"optimizer": 3},
+            "`optimizer` should be a name, a factory or a torch.optim.Optimizer, found 3.",
+        ),
+        (
+            {"scheduler": 3},
+            "`scheduler` should be a name, a factory, a Schedule or a scheduler, found 3.",
+        ),
+        (
+            {"data": "folder"},
+            "`data` should be ImageSplits, as `load_folders` gives them, found str.",
+        ),
+    ],
+)
+def test_arguments_of_another_kind(make: Make, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        make(**options)
+
+
+def test_model_of_another_kind(tiny_splits: ImageSplits) -> None:
+    message = "`model` should be a Classifier, as `build_model` makes one, found Linear."
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        Trainer(nn.Linear(2, 2), tiny_splits)  # type: ignore[arg-type]
+
+
 def test_channels_last_changes_the_last_bits_only(make: Make) -> None:
     first = make(channels_last=True).fit(2)
     second = make(channels_last=False).fit(2)

@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from transferkit._checks import check_path
 from transferkit._files import atomic_path
 from transferkit.errors import ArtifactError, ConfigError
 
@@ -74,7 +75,7 @@ def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str
         ArtifactError: There is no such file, it is no artifact, is damaged, or was written
             by a newer version.
     """
-    file = Path(path)
+    file = check_path("path", path)
     if not file.is_file():
         what = "is a folder" if file.is_dir() else "does not exist"
         raise ArtifactError(f"The artifact `{file}` {what}. Expected a .safetensors file.")

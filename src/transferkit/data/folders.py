@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NoReturn
 
+from transferkit._checks import check_path
 from transferkit.data.dataset import ImageDataset, ImageSplits, SkippedFile
 from transferkit.errors import DataError
 
@@ -60,7 +61,7 @@ def load_folders(
         >>> load_folders(root).describe()
         'train 6 (3 blue, 3 red); val 4 (2 blue, 2 red)'
     """
-    folder = Path(root)
+    folder = check_path("root", root)
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise DataError(f"The data folder `{folder}` {what}. Expected a folder with {_LAYOUT}.")

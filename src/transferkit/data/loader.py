@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from transferkit._checks import check_integer
 from transferkit._seeding import check_seed, seeded
 from transferkit.data.dataset import ImageDataset
 from transferkit.errors import ConfigError, TransferkitError
@@ -88,7 +89,7 @@ class ImageLoader:
         num_workers: int | Literal["auto"] = 0,
         pin_memory: bool = False,
     ) -> None:
-        check_batch_size(batch_size)
+        batch_size = check_integer("batch_size", batch_size, minimum=1)
         self.dataset = dataset
         self.num_workers: int = resolve_num_workers(num_workers, num_images=len(dataset))
         self._sampler = _EpochSampler(len(dataset), batch_size, shuffle, check_seed(seed))
@@ -114,8 +115,7 @@ class ImageLoader:
             ConfigError: The epoch is negative.
             ImageError: A picture cannot be read; the message names its path.
         """
-        if epoch < 0:
-            raise ConfigError(f"`epoch` should be at least 0, found {epoch}.")
+        check_integer("epoch", epoch, minimum=0)
         self._sampler.epoch = epoch
         self._loader = self._loader or self._start()
         self._iterator = iter(self._loader)
@@ -209,22 +209,12 @@ def resolve_num_workers(num_workers: int | str, *, num_images: int) -> int:
     if num_workers == "auto":
         # A handful of pictures is loaded before the workers are even up.
         return min(MAX_AUTO_WORKERS, _num_cores()) if num_images > 64 else 0
-    if isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 0:
+    try:
+        return check_integer("num_workers", num_workers, minimum=0)
+    except ConfigError:
         raise ConfigError(
             f'`num_workers` should be "auto" or an integer of at least 0, found {num_workers!r}.'
-        )
-    return num_workers
-
-
-def check_batch_size(batch_size: int) -> int:
-    """Return `batch_size` when it is an integer of at least 1.
-
-    Raises:
-        ConfigError: It is something else.
-    """
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ConfigError(f"`batch_size` should be an integer of at least 1, found {batch_size!r}.")
-    return batch_size
+        ) from None
 
 
 def _num_cores() -> int:

@@ -116,6 +116,11 @@ def _guarded(read: Callable[[], Tensor], name: str) -> Tensor:
         return read()
     except (ImageError, MemoryError):
         raise
+    except Image.DecompressionBombError as error:
+        raise ImageError(
+            f"Cannot read the picture `{name}`: it has too many pixels to be opened safely "
+            f"({error})."
+        ) from error
     except UnidentifiedImageError as error:
         raise ImageError(
             f"Cannot read the picture `{name}`: it is not a {', '.join(SUPPORTED_FORMATS[:-1])} "

@@ -12,6 +12,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from transferkit._checks import check_integer
 from transferkit.errors import ConfigError
 from transferkit.images.augment import Augmentation, make_augmentation
 
@@ -62,9 +63,8 @@ mean (0.485, 0.456, 0.406), std (0.229, 0.224, 0.225)
 
     def __post_init__(self) -> None:
         for name in ("crop_size", "resize_size"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"`{name}` should be an integer of at least 1, found {value!r}.")
+            value = check_integer(name, getattr(self, name), minimum=1)
+            object.__setattr__(self, name, value)
         if self.resize_size < self.crop_size:
             raise ConfigError(
                 f"`resize_size` should be at least `crop_size` ({self.crop_size}), "

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from transferkit._checks import check_integer, check_type
 from transferkit._device import resolve_device
 from transferkit.artifacts import load_artifact
 from transferkit.data.folders import find_images
-from transferkit.data.loader import check_batch_size
 from transferkit.errors import ConfigError
 from transferkit.images import ImageSource, Preprocess, decode_image
 from transferkit.inference.prediction import ClassProbability, Prediction
@@ -51,6 +51,7 @@ class Predictor:
         class_names: Sequence[str],
         device: str | torch.device = "auto",
     ) -> None:
+        check_type("model", model, Classifier, "a Classifier, as `build_model` makes one")
         self.class_names: tuple[str, ...] = tuple(class_names)
         if len(self.class_names) != model.num_classes:
             raise ConfigError(
@@ -135,7 +136,7 @@ class Predictor:
             ConfigError: `top_k` or `batch_size` is out of range.
         """
         k = self._check_top_k(top_k)
-        check_batch_size(batch_size)
+        batch_size = check_integer("batch_size", batch_size, minimum=1)
         if isinstance(images, (str, os.PathLike)):
             images = find_images(images)
         if isinstance(images, (bytes, Tensor)) or not isinstance(images, Iterable):
@@ -177,9 +178,8 @@ class Predictor:
     def _check_top_k(self, top_k: int | None) -> int:
         if top_k is None:
             return min(DEFAULT_TOP_K, len(self.class_names))
-        if isinstance(top_k, bool) or not isinstance(top_k, int):
-            raise ConfigError(f"`top_k` should be an integer or None, found {top_k!r}.")
-        if not 1 <= top_k <= len(self.class_names):
+        top_k = check_integer("top_k", top_k, minimum=1)
+        if top_k > len(self.class_names):
             raise ConfigError(
                 f"`top_k` should lie in [1, {len(self.class_names)}], the number of classes, "
                 f"found {top_k}."

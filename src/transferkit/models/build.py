@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from transferkit._checks import check_integer, check_type
 from transferkit._seeding import check_seed, seeded_torch
 from transferkit.errors import ConfigError, WeightsError
 from transferkit.images import Preprocess
@@ -64,10 +65,9 @@ def build_model(
         >>> model.num_trainable_parameters
         1026
     """
-    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 2:
-        raise ConfigError(
-            f"`num_classes` should be an integer of at least 2, found {num_classes!r}."
-        )
+    num_classes = check_integer("num_classes", num_classes, minimum=2)
+    if preprocess is not None:
+        check_type("preprocess", preprocess, Preprocess, "a Preprocess or None")
     plan = FreezePlan.parse(freeze, bn=bn)
     spec = _resolve_spec(backbone, num_features, preprocess)
     with seeded_torch(check_seed(seed), torch.device("cpu")):
@@ -96,7 +96,7 @@ def _resolve_spec(
         return BackboneSpec(
             name=type(backbone).__qualname__,
             build=lambda: backbone,
-            num_features=num_features,
+            num_features=check_integer("num_features", num_features, minimum=1),
             preprocess=preprocess or Preprocess(),
         )
     if num_features is not None:

@@ -147,7 +147,7 @@ class History:
         """
         try:
             data = json.loads(text)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise DataError(f"This is no history: the text is no JSON ({error}).") from error
         return cls.from_dict(data)
 

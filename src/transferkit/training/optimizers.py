@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from transferkit._checks import check_callable
 from transferkit._registry import Registry
 from transferkit.errors import ConfigError
 from transferkit.models import Classifier
@@ -72,6 +73,8 @@ def make_optimizer(
         if optimizer == "sgd":
             options["momentum"] = momentum
         return _NAMED.get(optimizer)(parameters, **options)
+    if not isinstance(optimizer, Optimizer):
+        check_callable("optimizer", optimizer, "a name, a factory or a torch.optim.Optimizer")
     built = optimizer if isinstance(optimizer, Optimizer) else optimizer(parameters)
     _check_parameters(built, parameters)
     return built

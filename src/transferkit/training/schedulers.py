@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol, TypeAlias, get_args, overload
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from transferkit._checks import check_callable
 from transferkit._registry import Registry
 from transferkit.errors import ConfigError, TransferkitError
 from transferkit.training.history import check_record_key
@@ -155,6 +156,7 @@ def make_schedule(
         built: Schedule | LRScheduler = scheduler
     else:
         factory = _SCHEDULERS.get(scheduler) if isinstance(scheduler, str) else scheduler
+        check_callable("scheduler", factory, "a name, a factory, a Schedule or a scheduler")
         sizes = {"num_epochs": num_epochs, "steps_per_epoch": steps_per_epoch}
         try:
             built = factory(optimizer, **sizes, **options)

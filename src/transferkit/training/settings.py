@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from transferkit._checks import check_number, check_type
 from transferkit.errors import ConfigError
 from transferkit.training.recipes import Recipe, get_recipe
 
@@ -46,6 +46,7 @@ def resolve_recipe(
         ConfigError: A value cannot work, or would be ignored.
     """
     base = get_recipe(recipe) if isinstance(recipe, str) else recipe
+    check_type("recipe", base, Recipe, "a recipe or the name of one")
     names = {"optimizer": optimizer, "scheduler": scheduler, "augmentation": augmentation}
     given: dict[str, Any] = {name: value for name, value in names.items() if isinstance(value, str)}
     given |= _check_rates(rates, optimizer if optimizer is not None else base.optimizer)
@@ -70,10 +71,8 @@ def _check_rates(rates: Mapping[str, float | None], optimizer: object) -> dict[s
     if "momentum" in given and optimizer != "sgd":
         raise ConfigError(f'`momentum` belongs to "sgd", found the optimizer {optimizer!r}.')
     for name, value in given.items():
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         words, fits = _RATE_LIMITS[name]
-        if not (is_number and math.isfinite(value) and fits(value)):
-            raise ConfigError(f"`{name}` should be a finite number {words}, found {value!r}.")
+        given[name] = check_number(name, value, fits, words)
     return given
 
 
@@ -81,8 +80,8 @@ def name_of(thing: object) -> str:
     """Return a name for the history: the text itself, or the name of a function or class.
 
     Example:
-        >>> name_of("sgd"), name_of(math.sqrt)
-        ('sgd', 'sqrt')
+        >>> name_of("sgd"), name_of(len)
+        ('sgd', 'len')
     """
     if isinstance(thing, str):
         return thing

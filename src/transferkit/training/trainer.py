@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from transferkit._checks import check_callable, check_integer, check_type
 from transferkit._device import resolve_device
 from transferkit._files import check_writable
 from transferkit._seeding import check_seed, seeded_torch
@@ -110,6 +111,9 @@ class Trainer:
         channels_last: bool = True,
         verbose: bool = True,
     ) -> None:
+        check_type("model", model, Classifier, "a Classifier, as `build_model` makes one")
+        check_type("data", data, ImageSplits, "ImageSplits, as `load_folders` gives them")
+        _check_callables(criterion, augmentation, callbacks)
         if data.num_classes != model.num_classes:
             raise ConfigError(
                 f"The data has {data.num_classes} classes ({', '.join(data.class_names[:5])}"
@@ -171,9 +175,8 @@ class Trainer:
             ConfigError: `epochs` is out of range.
             ImageError: A picture cannot be read; the message names its path.
         """
-        num_epochs = self.recipe.epochs if epochs is None else epochs
-        if isinstance(num_epochs, bool) or not isinstance(num_epochs, int) or num_epochs < 1:
-            raise ConfigError(f"`epochs` should be an integer of at least 1, found {epochs!r}.")
+        wanted = self.recipe.epochs if epochs is None else epochs
+        num_epochs = check_integer("epochs", wanted, minimum=1)
         optimizer = self._make_optimizer()
         schedule = self._make_schedule(optimizer, num_epochs=num_epochs)
         self.history = History(settings=self._settings(num_epochs))
@@ -335,6 +338,7 @@ class Trainer:
             if split not in splits:
                 raise ConfigError(f"There is no split `{split}`; there are {', '.join(splits)}.")
             return splits[split]
+        check_type("split", split, ImageDataset, "the name of a split or an ImageDataset")
         if split.class_names != self.data.class_names:
             raise ConfigError(
                 f"The data set has the classes {list(split.class_names)}, the model was trained "
@@ -357,3 +361,13 @@ class Trainer:
             "num_train": len(self.data.train),
             "num_val": len(self.data.val),
         }
+
+
+def _check_callables(criterion: object, augmentation: object, callbacks: Any) -> None:
+    if criterion is not None:
+        check_callable("criterion", criterion, "a callable from (logits, targets) to the loss")
+    if augmentation is not None and not isinstance(augmentation, str):
+        check_callable("augmentation", augmentation, "a preset's name or a callable")
+    is_list = isinstance(callbacks, Sequence)
+    if not is_list or not all(isinstance(each, Callback) for each in callbacks):
+        raise ConfigError(f"`callbacks` should be a list of Callbacks, found {callbacks!r}.")

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from transferkit._checks import (
+    check_callable,
+    check_integer,
+    check_number,
+    check_path,
+    check_type,
+)
+from transferkit.errors import ConfigError
+
+
+@pytest.mark.parametrize("value", [1, 7, np.int64(7), np.uint8(7)])
+def test_integers_of_any_kind_pass_as_int(value: object) -> None:
+    found = check_integer("epochs", value, minimum=1)
+    assert found == value
+    assert type(found) is int
+
+
+@pytest.mark.parametrize("value", [0, True, 1.0, "1", None, np.float64(2)])
+def test_what_is_no_integer_or_too_small(value: object) -> None:
+    message = f"`epochs` should be an integer of at least 1, found {value!r}."
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        check_integer("epochs", value, minimum=1)
+
+
+@pytest.mark.parametrize("value", [0.5, 1, np.float32(0.5), np.int64(1)])
+def test_numbers_of_any_kind_pass_as_float(value: object) -> None:
+    found = check_number("lr", value, lambda number: number > 0, "above 0")
+    assert found == value
+    assert type(found) is float
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf"), True, "1", None, 1j])
+def test_what_is_no_fitting_number(value: object) -> None:
+    message = f"`lr` should be a finite number above 0, found {value!r}."
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        check_number("lr", value, lambda number: number > 0, "above 0")
+
+
+def test_types_and_callables() -> None:
+    check_type("data", [], list, "a list")
+    check_callable("criterion", len, "a callable")
+    with pytest.raises(ConfigError, match=r"^`data` should be a list, found NoneType\.$"):
+        check_type("data", None, list, "a list")
+    with pytest.raises(ConfigError, match=r"^`criterion` should be a callable, found 3\.$"):
+        check_callable("criterion", 3, "a callable")
+
+
+def test_paths() -> None:
+    assert check_path("root", "a/b") == check_path("root", Path("a/b")) == Path("a/b")
+    for value in (None, b"a", 3):
+        message = f"`root` should be a path, found {value!r}."
+        with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+            check_path("root", value)
