@@ -75,10 +75,24 @@ def check_path(name: str, value: object) -> Path:
     """Return `value` as a path when it is a text or a path.
 
     Raises:
-        ConfigError: It is something else.
+        ConfigError: It is something else, or nothing on this system can have that path.
     """
     if isinstance(value, (str, os.PathLike)):
         path = os.fspath(value)
         if isinstance(path, str):
-            return Path(path)
+            return _check_usable(name, path)
     raise ConfigError(f"`{name}` should be a path, found {value!r}.")
+
+
+def _check_usable(name: str, path: str) -> Path:
+    """Refuse what no file can be called: too long, or with a NUL in it."""
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        pass
+    except NotADirectoryError:
+        pass
+    except (OSError, ValueError) as error:
+        reason = (getattr(error, "strerror", None) or str(error)).lower()
+        raise ConfigError(f"`{name}` is no usable path: {reason}, found {path[:100]!r}.") from error
+    return Path(path)

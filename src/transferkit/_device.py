@@ -36,7 +36,7 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
             f'`device` should be "auto", "cpu" or the name of an accelerator such as '
             f'"cuda:0", found {device!r}.'
         ) from error
-    if wanted.type in ("cpu", "meta"):
+    if wanted.type == "cpu":
         return wanted
     if accelerator is None or wanted.type != accelerator.type:
         found = accelerator.type if accelerator else "no accelerator"

@@ -6,6 +6,7 @@ Nothing heavy is imported before the arguments are understood, so that `--help` 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -31,8 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         exits with 2.
     """
     options = make_parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # File names need not be text in any encoding; showing one must not end the command.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         result: int = options.run(options)
+        sys.stdout.flush()
     except TransferkitError as error:
         print(f"transferkit: error: {error}", file=sys.stderr)
         return EXIT_ERROR
@@ -43,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of our output, such as `head`, has seen enough.
         sys.stderr.close()
         return EXIT_OK
+    except OSError as error:
+        print(f"transferkit: error: cannot write the output: {error}", file=sys.stderr)
+        return EXIT_ERROR
     return result
 
 

@@ -126,8 +126,8 @@ def test_early_stopping_ends_a_real_fit(tiny_spec: BackboneSpec, tiny_splits: Im
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"patience": 0}, "`patience` should be at least 1, found 0."),
-        ({"min_delta": -1}, "`min_delta` should be at least 0, found -1."),
+        ({"patience": 0}, "`patience` should be an integer of at least 1, found 0."),
+        ({"min_delta": -1}, "`min_delta` should be a finite number of at least 0, found -1."),
         (
             {"monitor": "loss"},
             "Unknown record key `loss`. Epoch records have: epoch, train_loss, train_accuracy, "

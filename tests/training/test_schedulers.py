@@ -66,7 +66,7 @@ def test_warmup_cosine_rises_then_falls() -> None:
 
 
 def test_warmup_of_the_whole_fit_is_refused() -> None:
-    message = "`warmup` should be a share of all steps in [0, 1), found 1.0."
+    message = "`warmup` should be a finite number in [0, 1), a share of all steps, found 1.0."
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         rates("warmup_cosine", 2, 2, warmup=1.0)
 

@@ -21,6 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal, TypeAlias
 
 import pooch
+import requests
 
 from transferkit.data.dataset import ImageSplits
 from transferkit.data.drawn import write_drawn_pictures
@@ -232,6 +233,8 @@ def _download(url: str, target: Path) -> Path:
             ),
         )
         extract_archive(archive, folder / "unpacked")
+        if not (folder / "unpacked" / FOLDER_NAME).is_dir():
+            raise DataError(f"The archive at {url} does not hold the folder `{FOLDER_NAME}`.")
         shutil.move(folder / "unpacked" / FOLDER_NAME, folder / "result")
 
     return _fill_folder(target, fill)
@@ -251,13 +254,16 @@ def _fill_folder(target: Path, fill: Callable[[Path], object]) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = tempfile.TemporaryDirectory(dir=target.parent, prefix=".ants-bees-")
     except OSError as error:
-        raise OutputError(
-            f"Cannot write into the cache folder `{target.parent}`: "
-            f"{(error.strerror or str(error)).lower()}. Give another one as `cache=`, or set "
-            f"XDG_CACHE_HOME."
-        ) from error
+        raise _cannot_write(target.parent, error) from error
     with temporary as name:
-        fill(Path(name))
+        try:
+            fill(Path(name))
+        except (requests.RequestException, ConnectionError, TimeoutError):
+            raise  # The network's; what follows is the disk's.
+        except OutputError:
+            raise
+        except OSError as error:
+            raise _cannot_write(target.parent, error) from error
         try:
             Path(name, "result").rename(target)
         except OSError:
@@ -265,6 +271,14 @@ def _fill_folder(target: Path, fill: Callable[[Path], object]) -> Path:
             if not target.is_dir():
                 raise
     return target
+
+
+def _cannot_write(folder: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"Cannot write into the cache folder `{folder}`: "
+        f"{(error.strerror or str(error)).lower()}. Give another one as `cache=`, or set "
+        f"XDG_CACHE_HOME."
+    )
 
 
 def extract_archive(archive: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:

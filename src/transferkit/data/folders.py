@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from transferkit._checks import check_path
 from transferkit.data.dataset import ImageDataset, ImageSplits, SkippedFile
-from transferkit.errors import DataError
+from transferkit.errors import ConfigError, DataError
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 """File name endings that make a file a candidate, in lower case; upper case counts too."""
@@ -62,6 +62,8 @@ def load_folders(
         'train 6 (3 blue, 3 red); val 4 (2 blue, 2 red)'
     """
     folder = check_path("root", root)
+    if isinstance(exclude, str):
+        raise ConfigError(f"`exclude` should be a list of glob patterns, found {exclude!r}.")
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise DataError(f"The data folder `{folder}` {what}. Expected a folder with {_LAYOUT}.")
@@ -93,7 +95,7 @@ def find_images(root: str | os.PathLike[str]) -> list[Path]:
     Raises:
         DataError: The folder is missing, cannot be read or holds no pictures.
     """
-    folder = Path(root)
+    folder = check_path("root", root)
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise DataError(f"The folder `{folder}` {what}. Expected a folder with pictures.")

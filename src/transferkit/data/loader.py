@@ -97,6 +97,7 @@ class ImageLoader:
         self._pin_memory = pin_memory
         self._loader: DataLoader[Any] | None = None
         self._iterator: Any = None
+        self._is_running = False
 
     def __len__(self) -> int:
         """Return the number of batches in a pass."""
@@ -112,10 +113,22 @@ class ImageLoader:
             The batches.
 
         Raises:
-            ConfigError: The epoch is negative.
+            ConfigError: The epoch is negative, or workers are busy with an unfinished pass.
             ImageError: A picture cannot be read; the message names its path.
         """
         check_integer("epoch", epoch, minimum=0)
+        if self._is_running and self.num_workers:
+            raise ConfigError(
+                "A pass over this loader is not over yet, and its workers serve one at a time. "
+                "Finish it, or make a loader for each."
+            )
+        self._is_running = True
+        try:
+            yield from self._pass(epoch)
+        finally:
+            self._is_running = False
+
+    def _pass(self, epoch: int) -> Iterator[Batch]:
         self._sampler.epoch = epoch
         self._loader = self._loader or self._start()
         self._iterator = iter(self._loader)
@@ -130,6 +143,7 @@ class ImageLoader:
             # A pass that was cut off may still be held by its caller, and its workers with it.
             self._iterator._shutdown_workers()
         self._iterator = self._loader = None
+        self._is_running = False
 
     def _start(self) -> DataLoader[Any]:
         return DataLoader(

@@ -15,6 +15,7 @@ from transferkit.data import Batch
 from transferkit.errors import DataError
 from transferkit.evaluation.metrics import class_accuracies, confusion_matrix
 from transferkit.models import Classifier
+from transferkit.models.modes import evaluating
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,17 +111,12 @@ def evaluate_model(
     device = next(model.parameters()).device
     mean = RunningMean(device)
     pairs: list[tuple[Tensor, Tensor]] = []
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            for batch in batches:
-                images, targets, _ = batch.to(device, memory_format=memory_format)
-                logits = model(images)
-                mean.add(criterion(logits, targets), logits, targets)
-                pairs.append((logits.argmax(dim=1), targets))
-    finally:
-        model.train(was_training)
+    with evaluating(model), torch.inference_mode():
+        for batch in batches:
+            images, targets, _ = batch.to(device, memory_format=memory_format)
+            logits = model(images)
+            mean.add(criterion(logits, targets), logits, targets)
+            pairs.append((logits.argmax(dim=1), targets))
     if not mean.num_images:
         raise DataError("There is nothing to evaluate: the batches hold no images.")
     predictions, all_targets = (torch.cat(each) for each in zip(*pairs, strict=True))

@@ -9,6 +9,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from transferkit._registry import Registry
+from transferkit.images.geometry import trim_extreme
 
 Augmentation: TypeAlias = "Callable[[Tensor], Tensor]"
 """A callable from pixels uint8 (3, H, W) to pixels uint8 (3, size, size)."""
@@ -37,6 +38,7 @@ def _none(size: int, interpolation: v2.InterpolationMode) -> Augmentation:
     """No randomness: the shorter side to `size`, centre crop."""
     view: Augmentation = v2.Compose(
         [
+            trim_extreme,
             v2.Resize([size], interpolation=interpolation, antialias=True),
             v2.CenterCrop([size, size]),
         ]

@@ -15,6 +15,7 @@ from torchvision.transforms.v2 import functional as F
 from transferkit._checks import check_integer
 from transferkit.errors import ConfigError
 from transferkit.images.augment import Augmentation, make_augmentation
+from transferkit.images.geometry import trim_extreme
 
 Transform: TypeAlias = "Callable[[Tensor], Tensor]"
 """A callable from pixels uint8 (3, H, W) to the network's input float32 (3, h, w)."""
@@ -180,7 +181,7 @@ class _EvalTransform:
         squash = spec.resize_mode == "squash"
         size = [spec.resize_size, spec.resize_size] if squash else [spec.resize_size]
         mode = InterpolationMode(spec.interpolation)
-        image = F.resize(image, size, interpolation=mode, antialias=True)
+        image = F.resize(trim_extreme(image), size, interpolation=mode, antialias=True)
         return spec.normalize(F.center_crop(image, [spec.crop_size, spec.crop_size]))
 
 

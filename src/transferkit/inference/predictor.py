@@ -19,6 +19,7 @@ from transferkit.errors import ConfigError
 from transferkit.images import ImageSource, Preprocess, decode_image
 from transferkit.inference.prediction import ClassProbability, Prediction
 from transferkit.models import BackboneSpec, Classifier
+from transferkit.models.modes import evaluating
 
 DEFAULT_TOP_K = 5
 
@@ -166,13 +167,8 @@ class Predictor:
             yield Prediction(ranked, path)
 
     def _probabilities(self, images: Tensor) -> Tensor:
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            with torch.inference_mode():
-                probabilities: Tensor = self.model(images).float().softmax(dim=1)
-        finally:
-            self.model.train(was_training)
+        with evaluating(self.model), torch.inference_mode():
+            probabilities: Tensor = self.model(images).float().softmax(dim=1)
         return probabilities
 
     def _check_top_k(self, top_k: int | None) -> int:

@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from transferkit._checks import check_path
 from transferkit.errors import WeightsError
 from transferkit.models.spec import BackboneSpec
 
@@ -101,7 +102,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> Mapping[str, Tensor]:
     Raises:
         WeightsError: There is no such file, or it holds something else.
     """
-    file = Path(path)
+    file = check_path("weights", path)
     if not file.is_file():
         raise WeightsError(
             f"The weights file `{file}` does not exist. Expected `weights` to be "

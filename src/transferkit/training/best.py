@@ -20,6 +20,9 @@ class BestWeights:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
+        # Fixed at the start: a callback may freeze or unfreeze during the fit.
+        self._names = {name for name, each in model.named_parameters() if each.requires_grad}
+        self._names |= {name for name, _ in model.named_buffers()}
         self._rank: tuple[bool, float, float] | None = None
         self._copy = self._clone()
 
@@ -42,10 +45,6 @@ class BestWeights:
         return {name: value.clone() for name, value in self._changing().items()}
 
     def _changing(self) -> dict[str, Tensor]:
-        """Return the trainable parameters and all buffers; a buffer may follow the batches."""
-        tensors: dict[str, Tensor] = {
-            name: each.detach()
-            for name, each in self._model.named_parameters()
-            if each.requires_grad
-        }
-        return tensors | dict(self._model.named_buffers())
+        """Return what trained at the start, and all buffers, which may follow the batches."""
+        tensors = {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
+        return {name: each.detach() for name, each in tensors.items() if name in self._names}

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from transferkit._checks import check_integer, check_number
 from transferkit._device import describe_device
 from transferkit._files import check_writable
-from transferkit.errors import ConfigError, OutputError
+from transferkit.errors import OutputError
 from transferkit.training.history import EpochRecord, History, check_record_key
 
 if TYPE_CHECKING:
@@ -144,13 +145,11 @@ class EarlyStopping(Callback):
     def __init__(
         self, *, monitor: str = "val_loss", patience: int = 5, min_delta: float = 0.0
     ) -> None:
-        if patience < 1:
-            raise ConfigError(f"`patience` should be at least 1, found {patience}.")
-        if min_delta < 0:
-            raise ConfigError(f"`min_delta` should be at least 0, found {min_delta}.")
         self.monitor: str = check_record_key(monitor)
-        self.patience: int = patience
-        self.min_delta: float = min_delta
+        self.patience: int = check_integer("patience", patience, minimum=1)
+        self.min_delta: float = check_number(
+            "min_delta", min_delta, lambda value: value >= 0, "of at least 0"
+        )
         self._best = float("-inf")
         self._waited = 0
 
@@ -181,7 +180,7 @@ class CSVLog(Callback):
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path: Path = check_writable(Path(path))
+        self.path: Path = check_writable(path)
 
     def on_fit_start(self, trainer: Trainer, num_epochs: int) -> None:
         """Begin the file with its header."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -167,8 +168,9 @@ def rank(record: EpochRecord) -> tuple[bool, float, float]:
     loss, which sees how sure the model is, breaks them. An epoch with a loss that is not
     a number ranks last.
     """
-    broken = record.val_loss != record.val_loss
-    return broken, -record.val_accuracy, record.val_loss
+    if math.isnan(record.val_loss):
+        return True, -record.val_accuracy, math.inf
+    return False, -record.val_accuracy, record.val_loss
 
 
 def _finite_or_none(value: float) -> float | None:

@@ -76,6 +76,11 @@ def make_optimizer(
     if not isinstance(optimizer, Optimizer):
         check_callable("optimizer", optimizer, "a name, a factory or a torch.optim.Optimizer")
     built = optimizer if isinstance(optimizer, Optimizer) else optimizer(parameters)
+    if isinstance(built, torch.optim.LBFGS):
+        raise ConfigError(
+            "LBFGS evaluates the loss several times in a step, which the training loop does not. "
+            "Take a first-order optimizer, such as SGD or AdamW."
+        )
     _check_parameters(built, parameters)
     return built
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol, TypeAlias, get_args, overload
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from transferkit._checks import check_callable
+from transferkit._checks import check_callable, check_integer, check_number
 from transferkit._registry import Registry
 from transferkit.errors import ConfigError, TransferkitError
 from transferkit.training.history import check_record_key
@@ -203,7 +203,8 @@ def _step(
     gamma: float = 0.1,
 ) -> Schedule:
     """Multiply by `gamma` every `step_size` epochs."""
-    return Schedule(lr_scheduler.StepLR(optimizer, step_size, gamma))
+    step_size = check_integer("step_size", step_size, minimum=1)
+    return Schedule(lr_scheduler.StepLR(optimizer, step_size, _check_factor("gamma", gamma)))
 
 
 @register_scheduler("multistep")
@@ -217,7 +218,8 @@ def _multistep(
 ) -> Schedule:
     """Multiply by `gamma` at each milestone; by default after 60 % and 85 % of the epochs."""
     points = milestones or (round(0.6 * num_epochs), round(0.85 * num_epochs))
-    return Schedule(lr_scheduler.MultiStepLR(optimizer, list(points), gamma))
+    steps = [check_integer("milestones", each, minimum=0) for each in points]
+    return Schedule(lr_scheduler.MultiStepLR(optimizer, steps, _check_factor("gamma", gamma)))
 
 
 @register_scheduler("cosine")
@@ -232,8 +234,7 @@ def _warmup_cosine(
     optimizer: Optimizer, *, num_epochs: int, steps_per_epoch: int, warmup: float = 0.1
 ) -> Schedule:
     """Rise linearly over the share `warmup` of all steps, then fall along half a cosine."""
-    if not 0 <= warmup < 1:
-        raise ConfigError(f"`warmup` should be a share of all steps in [0, 1), found {warmup}.")
+    warmup = _check_warmup(warmup)
     total = num_epochs * steps_per_epoch
     rise = math.ceil(warmup * total)
 
@@ -250,6 +251,7 @@ def _one_cycle(
     optimizer: Optimizer, *, num_epochs: int, steps_per_epoch: int, warmup: float = 0.3
 ) -> Schedule:
     """Rise to the learning rate over the share `warmup`, then fall (Smith and Topin, 2018)."""
+    warmup = _check_warmup(warmup)
     rates = [group["lr"] for group in optimizer.param_groups]
     total = num_epochs * steps_per_epoch
     scheduler = lr_scheduler.OneCycleLR(
@@ -269,6 +271,17 @@ def _plateau(
     factor: float = 0.1,
 ) -> Schedule:
     """Multiply by `factor` when the monitored value has not improved for `patience` epochs."""
+    patience = check_integer("patience", patience, minimum=0)
+    factor = _check_factor("factor", factor)
     mode: Literal["min", "max"] = "max" if "accuracy" in monitor else "min"
     scheduler = ReduceLROnPlateau(optimizer, mode=mode, patience=patience, factor=factor)
     return Schedule(scheduler, monitor=monitor)
+
+
+def _check_warmup(warmup: float) -> float:
+    words = "in [0, 1), a share of all steps"
+    return check_number("warmup", warmup, lambda value: 0 <= value < 1, words)
+
+
+def _check_factor(name: str, factor: float) -> float:
+    return check_number(name, factor, lambda value: 0 < value < 1, "between 0 and 1")

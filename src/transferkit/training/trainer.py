@@ -61,7 +61,8 @@ class Trainer:
         augmentation: A preset's name, or a callable from uint8 `(3, H, W)` to uint8
             `(3, crop_size, crop_size)`.
         criterion: Maps logits `(N, C)` and targets `(N,)` to the batch's mean loss; None
-            takes cross-entropy.
+            takes cross-entropy. An epoch's loss is the mean over its batches, each weighted
+            by its number of images. A module is moved to `device`.
         callbacks: What else watches the fit.
         seed: Rules order, augmentation and dropout. The caller's random state is left alone.
         device: "auto" takes the accelerator that PyTorch finds, else the CPU.
@@ -125,7 +126,7 @@ class Trainer:
         self.seed: int = check_seed(seed)
         self.device: torch.device = resolve_device(device)
         self.recipe: Recipe = resolve_recipe(
-            recipe or ("probe" if model.is_backbone_frozen else "finetune"),
+            ("probe" if model.is_backbone_frozen else "finetune") if recipe is None else recipe,
             optimizer=optimizer,
             scheduler=scheduler,
             scheduler_options=scheduler_options,
@@ -133,7 +134,9 @@ class Trainer:
             batch_size=batch_size,
             rates={"lr": lr, "momentum": momentum, "weight_decay": weight_decay},
         )
-        self.criterion: Criterion = criterion or nn.CrossEntropyLoss()
+        self.criterion: Criterion = nn.CrossEntropyLoss() if criterion is None else criterion
+        if isinstance(self.criterion, nn.Module):
+            self.criterion.to(self.device)  # Class weights are buffers of it.
         self.history: History = History()
         self.should_stop: bool = False
         self._optimizer = optimizer if optimizer is not None else self.recipe.optimizer
@@ -148,7 +151,6 @@ class Trainer:
         model.to(self.device).to(memory_format=self._memory_format)
         # Built now to have the errors at the door; `fit` builds its own.
         trial = self._make_optimizer()
-        self._start_lrs = [float(group["lr"]) for group in trial.param_groups]
         if trial is not optimizer:  # A scheduler would change the user's own optimizer.
             self._make_schedule(trial, num_epochs=self.recipe.epochs)
 
@@ -178,8 +180,9 @@ class Trainer:
         wanted = self.recipe.epochs if epochs is None else epochs
         num_epochs = check_integer("epochs", wanted, minimum=1)
         optimizer = self._make_optimizer()
+        options = _group_options(optimizer)
         schedule = self._make_schedule(optimizer, num_epochs=num_epochs)
-        self.history = History(settings=self._settings(num_epochs))
+        self.history = History(settings=self._settings(num_epochs, options[0]))
         self.should_stop = False
         with self._session(num_epochs) as best, seeded_torch(self.seed, self.device):
             for epoch in range(1, num_epochs + 1):
@@ -190,6 +193,10 @@ class Trainer:
                 if self.should_stop and epoch < num_epochs:
                     self.history.status = "stopped"
                     break
+        if not isinstance(self._scheduler, (Schedule, LRScheduler)):
+            # An optimizer given as an object is not left with the last rate, which may be 0.
+            for group, start in zip(optimizer.param_groups, options, strict=True):
+                group.update(start)
         return self.history
 
     def evaluate(self, split: str | ImageDataset = "val") -> Evaluation:
@@ -253,8 +260,7 @@ class Trainer:
         mean = RunningMean(self.device)
         for step, batch in enumerate(self._train_loader.batches(epoch=epoch), start=1):
             images, targets, _ = batch.to(self.device, memory_format=self._memory_format)
-            logits = self.model(images)
-            loss = self.criterion(logits, targets)
+            loss, logits = self._forward(images, targets)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -262,6 +268,25 @@ class Trainer:
             mean.add(loss, logits, targets)
             self._call("on_step_end", step)
         return mean
+
+    def _forward(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        try:
+            logits: Tensor = self.model(images)
+        except RuntimeError as error:
+            if "view size is not compatible" in str(error):
+                raise ConfigError(
+                    f"The backbone `{self.model.backbone_name}` calls `view` on activations, "
+                    f"which works with the channels first only. Pass `channels_last=False`."
+                ) from error
+            raise
+        loss = self.criterion(logits, targets)
+        if not isinstance(loss, Tensor) or loss.dim() != 0:
+            found = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise ConfigError(
+                f"The criterion should return the mean loss of the batch as a scalar tensor, "
+                f"found {found}."
+            )
+        return loss, logits
 
     def _evaluate(self, loader: ImageLoader) -> Evaluation:
         return evaluate_model(
@@ -277,7 +302,7 @@ class Trainer:
         """Run the epochs between start and end; whatever ends them, the best weights return."""
         best = BestWeights(self.model)
         start = time.perf_counter()
-        was_training = self.model.training
+        modes = [(module, module.training) for module in self.model.modules()]
         try:
             self._call("on_fit_start", num_epochs)
             yield best
@@ -289,7 +314,8 @@ class Trainer:
         finally:
             best.restore()
             self.model.zero_grad(set_to_none=True)
-            self.model.train(was_training)
+            for module, training in modes:
+                module.training = training
             self._train_loader.close()
             self._val_loader.close()
             self.history.seconds = time.perf_counter() - start
@@ -320,10 +346,6 @@ class Trainer:
         )
 
     def _make_schedule(self, optimizer: Optimizer, *, num_epochs: int) -> Schedule:
-        if not isinstance(self._scheduler, (Schedule, LRScheduler)):
-            # An optimizer given as an object comes from the last fit with a rate near zero.
-            for group, lr in zip(optimizer.param_groups, self._start_lrs, strict=True):
-                group["lr"] = lr
         return make_schedule(
             self._scheduler,
             optimizer,
@@ -346,21 +368,27 @@ class Trainer:
             )
         return split
 
-    def _settings(self, num_epochs: int) -> dict[str, Any]:
-        """Return what this fit was told, as plain data."""
-        return self.recipe.to_dict() | {
-            "epochs": num_epochs,
-            "optimizer": name_of(self._optimizer),
-            "scheduler": name_of(self._scheduler),
-            "augmentation": name_of(self._augmentation),
-            "criterion": name_of(self.criterion),
-            "seed": self.seed,
-            "device": str(self.device),
-            "backbone": self.model.backbone_name,
-            "freeze_plan": self.model.freeze_plan.to_dict(),
-            "num_train": len(self.data.train),
-            "num_val": len(self.data.val),
-        }
+    def _settings(self, num_epochs: int, options: dict[str, Any]) -> dict[str, Any]:
+        """Return what this fit was told, as plain data; rates are the optimizer's own."""
+        rates = {name: options.get(name) for name in ("lr", "momentum", "weight_decay")}
+        rates["lr"] = float(options["lr"])
+        return (
+            self.recipe.to_dict()
+            | rates
+            | {
+                "epochs": num_epochs,
+                "optimizer": name_of(self._optimizer),
+                "scheduler": name_of(self._scheduler),
+                "augmentation": name_of(self._augmentation),
+                "criterion": name_of(self.criterion),
+                "seed": self.seed,
+                "device": str(self.device),
+                "backbone": self.model.backbone_name,
+                "freeze_plan": self.model.freeze_plan.to_dict(),
+                "num_train": len(self.data.train),
+                "num_val": len(self.data.val),
+            }
+        )
 
 
 def _check_callables(criterion: object, augmentation: object, callbacks: Any) -> None:
@@ -371,3 +399,11 @@ def _check_callables(criterion: object, augmentation: object, callbacks: Any) ->
     is_list = isinstance(callbacks, Sequence)
     if not is_list or not all(isinstance(each, Callback) for each in callbacks):
         raise ConfigError(f"`callbacks` should be a list of Callbacks, found {callbacks!r}.")
+
+
+def _group_options(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Return the options of each parameter group: learning rate, momentum and so on."""
+    return [
+        {name: value for name, value in group.items() if name not in ("params", "initial_lr")}
+        for group in optimizer.param_groups
+    ]
