@@ -8,6 +8,7 @@ The lesson's own settings: --backbone resnet18 --recipe tutorial --epochs 25 --b
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,32 +30,29 @@ def choose_backbone(name: str) -> str:
     return chosen
 
 
+def show_training_batch(data: tk.ImageSplits, options: argparse.Namespace) -> None:
+    """Draw what the network will see in training, with the class names."""
+    preprocess = tk.get_backbone(options.backbone).preprocess
+    loader = tk.ImageLoader(data.train, preprocess.train(), batch_size=8, shuffle=True)
+    batch = next(loader.batches())
+    cells = tk.show_batch(batch, class_names=data.class_names, preprocess=preprocess)
+    cells[0].figure.savefig(options.out / "batch.png")
+
+
 def run(scenario: str, data: tk.ImageSplits, options: argparse.Namespace) -> tk.Trainer:
     """Train one scenario; save the artifact, the curves and some predictions."""
     probe = scenario == "probe"
     print(f"\n== {scenario}: {'only the new head trains' if probe else 'everything trains'}")
     freezing: dict[str, Any] = {"freeze": "backbone", "bn": options.bn} if probe else {}
     model = tk.build_model(options.backbone, data.num_classes, seed=options.seed, **freezing)
-    recipe = options.recipe or scenario
-    trainer = tk.Trainer(
-        model, data, recipe=recipe, batch_size=options.batch_size, seed=options.seed
-    )
+    settings = {"recipe": options.recipe or scenario, "batch_size": options.batch_size}
+    trainer = tk.Trainer(model, data, seed=options.seed, **settings)
     history = trainer.fit(options.epochs)
-    trainer.save(options.out / f"{scenario}.safetensors")
     tk.plot_history(history)[0].figure.savefig(options.out / f"{scenario}_history.png")
+    trainer.save(options.out / f"{scenario}.safetensors")
     cells = tk.show_predictions(model, data.val)
     cells[0].figure.savefig(options.out / f"{scenario}_predictions.png")
     return trainer
-
-
-def show_training_batch(trainer: tk.Trainer, options: argparse.Namespace) -> None:
-    """Draw what the network sees in training, with the class names."""
-    preprocess, data = trainer.model.preprocess, trainer.data
-    loader = tk.ImageLoader(data.train, preprocess.train(), batch_size=8, shuffle=True)
-    cells = tk.show_batch(
-        next(loader.batches()), class_names=data.class_names, preprocess=preprocess
-    )
-    cells[0].figure.savefig(options.out / "batch.png")
 
 
 def predict_one(artifact: Path, data: tk.ImageSplits, options: argparse.Namespace) -> None:
@@ -64,8 +62,7 @@ def predict_one(artifact: Path, data: tk.ImageSplits, options: argparse.Namespac
     prediction = tk.Predictor.load(artifact).predict(picture, top_k=2)
     ax: Any = tk.show_prediction(picture, prediction)
     ax.figure.savefig(options.out / "prediction.png")
-    ranked = ", ".join(f"{each.label} {each.probability:.1%}" for each in prediction.top_k)
-    print(f"\n{picture.name}: {ranked}")
+    print(f"\n{picture.name}:", *(f"{k.label} {k.probability:.1%}" for k in prediction.top_k))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -82,19 +79,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("out/ants_bees"), metavar="DIR")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
-
     data = find_ants_bees(options.data).splits()
     print(data.describe())
     options.backbone = choose_backbone(options.backbone)
+    show_training_batch(data, options)
     scenarios = ["finetune", "probe"] if options.scenario == "both" else [options.scenario]
     trainers = {scenario: run(scenario, data, options) for scenario in scenarios}
-    show_training_batch(trainers[scenarios[0]], options)
     predict_one(options.out / f"{scenarios[0]}.safetensors", data, options)
     for scenario, trainer in trainers.items():
         best, seconds = trainer.history.best, trainer.history.seconds
         print(f"{scenario}: best val accuracy {best.val_accuracy:.4f} after {seconds:.0f} s")
-    print("Written:", *sorted(str(path) for path in options.out.iterdir()), sep="\n  ")
+    print("Files:", *sorted(str(path) for path in options.out.iterdir()), sep="\n  ")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (tk.TransferkitError, OSError) as error:
+        sys.exit(f"error: {error}")

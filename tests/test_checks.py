@@ -55,7 +55,17 @@ def test_types_and_callables() -> None:
 
 def test_paths() -> None:
     assert check_path("root", "a/b") == check_path("root", Path("a/b")) == Path("a/b")
+    assert check_path("root", "no/such/place") == Path("no/such/place")
+    assert check_path("root", f"{__file__}/below-a-file").name == "below-a-file"
     for value in (None, b"a", 3):
         message = f"`root` should be a path, found {value!r}."
         with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
             check_path("root", value)
+
+
+@pytest.mark.parametrize("value", ["a" * 5000, "a\0b"])
+def test_paths_that_nothing_can_have(value: str) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^`root` is no usable path: (file name too long|embedded null byte), "
+    ):
+        check_path("root", value)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from PIL import Image
 
 from transferkit.data import load_folders
 from transferkit.data.folders import EXTENSIONS, find_images, natural_key
-from transferkit.errors import DataError
+from transferkit.errors import ConfigError, DataError
 from transferkit.testing import make_image_folder
 
 LAYOUT = "`ROOT/train/CLASS/*.jpg` and `ROOT/val/CLASS/*.jpg`"
@@ -221,6 +222,12 @@ def test_unreadable_folder_is_an_error(
     with pytest.raises(DataError) as error:
         load_folders(root)
     assert str(error.value) == f"Cannot read the folder `{root / place}`: permission denied."
+
+
+def test_exclude_is_a_list(tmp_path: Path) -> None:
+    message = "`exclude` should be a list of glob patterns, found '0*'."
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        load_folders(make_image_folder(tmp_path), exclude="0*")
 
 
 def test_unreadable_root_is_a_data_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

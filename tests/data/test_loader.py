@@ -294,6 +294,22 @@ def test_loader_checks_its_arguments_at_once(dataset: ImageDataset, name: str, v
         ImageLoader(dataset, PREPROCESS.eval(), **{name: value})  # type: ignore[arg-type]
 
 
+def test_workers_serve_one_pass_at_a_time(dataset: ImageDataset) -> None:
+    loader = ImageLoader(dataset, PREPROCESS.eval(), batch_size=2, num_workers=1)
+    first = loader.batches()
+    next(first)
+    message = (
+        "A pass over this loader is not over yet, and its workers serve one at a time. "
+        "Finish it, or make a loader for each."
+    )
+    with pytest.raises(ConfigError) as error:
+        next(loader.batches())
+    assert str(error.value) == message
+    del first
+    assert len(list(loader.batches())) == len(loader)
+    loader.close()
+
+
 def test_negative_epoch_is_an_error(dataset: ImageDataset) -> None:
     loader = ImageLoader(dataset, PREPROCESS.eval(), shuffle=True)
     with pytest.raises(ConfigError):

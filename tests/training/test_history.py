@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from transferkit.errors import ConfigError, DataError, OutputError
 from transferkit.training import EpochRecord, History
+from transferkit.training.history import rank
 
 shares = st.floats(0, 1)
 losses = st.floats(0, 1e6)
@@ -54,6 +55,12 @@ def test_best_is_highest_accuracy_then_lowest_loss_then_first() -> None:
 
 def test_a_broken_epoch_is_never_the_best_of_several() -> None:
     assert History([record(1, 0.9, float("nan")), record(2, 0.1)]).best.epoch == 2
+
+
+def test_of_epochs_that_are_all_broken_the_first_of_the_best_counts() -> None:
+    nan = float("nan")
+    assert History([record(1, 0.5, nan), record(2, 0.5, nan)]).best.epoch == 1
+    assert rank(record(2, 0.5, nan)) >= rank(record(1, 0.5, nan))
 
 
 def test_best_without_records_is_an_error() -> None:

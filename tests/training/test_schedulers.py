@@ -157,6 +157,30 @@ def test_unknown_name_suggests() -> None:
         make("cosin")
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("step", {"step_size": 0}, "`step_size` should be an integer of at least 1, found 0."),
+        ("step", {"gamma": "a"}, "`gamma` should be a finite number between 0 and 1, found 'a'."),
+        (
+            "multistep",
+            {"milestones": (1.5,)},
+            "`milestones` should be an integer of at least 0, found 1.5.",
+        ),
+        (
+            "one_cycle",
+            {"warmup": 1.0},
+            "`warmup` should be a finite number in [0, 1), a share of all steps, found 1.0.",
+        ),
+        ("plateau", {"factor": 2}, "`factor` should be a finite number between 0 and 1, found 2."),
+        ("plateau", {"patience": -1}, "`patience` should be an integer of at least 0, found -1."),
+    ],
+)
+def test_options_are_checked(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        make(name, **options)
+
+
 def test_unknown_option() -> None:
     with pytest.raises(
         ConfigError,

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import StepLR
 from transferkit.artifacts.format import read_file
 from transferkit.data import ImageDataset, ImageLoader, ImageSplits, load_folders
 from transferkit.errors import ConfigError, FreezeError, ImageError, OutputError, UnknownNameError
+from transferkit.images import Preprocess
 from transferkit.models import BackboneSpec, Classifier, build_model
 from transferkit.testing import make_image_folder
 from transferkit.training import Callback, EpochRecord, History, Schedule, Trainer
@@ -441,6 +442,85 @@ def test_bad_settings_are_found_before_anything_runs(
 def test_arguments_of_another_kind(make: Make, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         make(**options)
+
+
+@pytest.mark.parametrize(
+    ("criterion", "found"),
+    [
+        (nn.CrossEntropyLoss(reduction="none"), "(4,)"),
+        (lambda logits, targets: 0.5, "float"),
+    ],
+)
+def test_criterion_that_gives_no_scalar(make: Make, criterion: Any, found: str) -> None:
+    message = (
+        f"The criterion should return the mean loss of the batch as a scalar tensor, found {found}."
+    )
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        make(criterion=criterion).fit(1)
+
+
+class Viewing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, stride=16)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features = self.conv(images)
+        if features.shape[0] == 13:
+            raise RuntimeError("thirteen")
+        flat: torch.Tensor = features.view(len(images), -1)
+        return flat
+
+
+def test_network_that_needs_channels_first_is_told_so(tiny_splits: ImageSplits) -> None:
+    preprocess = Preprocess(crop_size=32, resize_size=32)
+    model = build_model(Viewing(), 2, num_features=32, preprocess=preprocess)
+    options: dict[str, Any] = {"verbose": False, "device": "cpu", "batch_size": 4}
+    message = (
+        "The backbone `Viewing` calls `view` on activations, which works with the channels "
+        "first only. Pass `channels_last=False`."
+    )
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        Trainer(model, tiny_splits, **options).fit(1)
+    assert len(Trainer(model, tiny_splits, channels_last=False, **options).fit(1)) == 1
+    with pytest.raises(RuntimeError, match=r"^thirteen$"):
+        Trainer(model, tiny_splits, **(options | {"batch_size": 13})).fit(1)
+
+
+def test_settings_tell_the_optimizers_own_rates(make: Make) -> None:
+    adam = make(optimizer=lambda parameters: torch.optim.Adam(parameters, lr=0.0005))
+    settings = adam.fit(1).settings
+    assert (settings["lr"], settings["momentum"]) == (0.0005, None)
+
+
+def test_an_optimizer_object_is_left_at_its_rate(
+    tiny_spec: BackboneSpec, tiny_splits: ImageSplits
+) -> None:
+    model = build_model(tiny_spec, 2, weights=None)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    options: dict[str, Any] = {"optimizer": optimizer, "verbose": False, "device": "cpu"}
+    Trainer(model, tiny_splits, scheduler="one_cycle", **options).fit(2)
+    assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["momentum"]) == (0.1, 0.9)
+    optimizer.param_groups[0]["lr"] = 0.02
+    second = Trainer(model, tiny_splits, scheduler="none", **options).fit(1)
+    assert second.column("lr") == [0.02]
+
+
+def test_unfreezing_in_a_fit_does_not_break_its_end(make: Make) -> None:
+    class Unfreeze(Callback):
+        def on_epoch_end(self, trainer: Trainer, record: EpochRecord) -> None:
+            trainer.model.freeze("none")
+
+    assert len(make(freeze="backbone", callbacks=[Unfreeze()]).fit(2)) == 2
+
+
+def test_lbfgs_is_refused(make: Make) -> None:
+    message = (
+        "LBFGS evaluates the loss several times in a step, which the training loop does not. "
+        "Take a first-order optimizer, such as SGD or AdamW."
+    )
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        make(optimizer=torch.optim.LBFGS)
 
 
 def test_model_of_another_kind(tiny_splits: ImageSplits) -> None:
