@@ -26,6 +26,13 @@ CANDIDATES: dict[str, dict[str, dict[str, Any]]] = {
         "adamw-0.003-b16": {"optimizer": "adamw", "lr": 0.003, "scheduler": "cosine"},
     },
     "finetune": {
+        "sgd-0.01-b16-backbone-0.03-bn-fixed": {
+            "optimizer": "sgd",
+            "lr": 0.01,
+            "backbone_lr_factor": 0.03,
+            "scheduler": "warmup_cosine",
+            "bn": "fixed",
+        },
         "sgd-0.003-b16": {"optimizer": "sgd", "lr": 0.003, "scheduler": "warmup_cosine"},
         "sgd-0.01-b16": {"optimizer": "sgd", "lr": 0.01, "scheduler": "warmup_cosine"},
         "sgd-0.03-b16": {"optimizer": "sgd", "lr": 0.03, "scheduler": "warmup_cosine"},
@@ -46,8 +53,9 @@ def measure(
 ) -> tk.History:
     """Train once and return the history."""
     freeze = "backbone" if scenario == "probe" else "none"
-    model = tk.build_model(BACKBONE, data.num_classes, freeze=freeze, seed=seed)
-    options: dict[str, Any] = {"batch_size": 16, "verbose": False} | settings
+    options = {"batch_size": 16, "backbone_lr_factor": 1.0, "verbose": False} | settings
+    bn = options.pop("bn", "frozen")
+    model = tk.build_model(BACKBONE, data.num_classes, freeze=freeze, bn=bn, seed=seed)
     trainer = tk.Trainer(model, data, seed=seed, **options)
     return trainer.fit(epochs)
 

@@ -17,10 +17,8 @@ from transferkit.data.ants_bees import find_ants_bees
 from transferkit.errors import WeightsError
 
 
-def choose_backbone(name: str) -> str:
-    """Turn `auto` into ResNet-18 where its weights are to be had, else EfficientNet-Lite0."""
-    if name != "auto":
-        return name
+def find_backbone() -> str:
+    """Take ResNet-18 where its weights are to be had, else EfficientNet-Lite0."""
     try:
         tk.build_model("resnet18", num_classes=2)
         chosen, reason = "resnet18", "its weights are to be had"
@@ -43,7 +41,8 @@ def run(scenario: str, data: tk.ImageSplits, options: argparse.Namespace) -> tk.
     """Train one scenario; save the artifact, the curves and some predictions."""
     probe = scenario == "probe"
     print(f"\n== {scenario}: {'only the new head trains' if probe else 'everything trains'}")
-    freezing: dict[str, Any] = {"freeze": "backbone", "bn": options.bn} if probe else {}
+    bn = options.bn if probe or options.bn == "fixed" else "frozen"  # Only frozen ones adapt.
+    freezing: dict[str, Any] = {"freeze": "backbone" if probe else "none", "bn": bn}
     model = tk.build_model(options.backbone, data.num_classes, seed=options.seed, **freezing)
     settings = {"recipe": options.recipe or scenario, "batch_size": options.batch_size}
     trainer = tk.Trainer(model, data, seed=options.seed, **settings)
@@ -72,7 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--backbone", default="auto", help="a name, or auto (the default)")
     parser.add_argument("--scenario", choices=("finetune", "probe", "both"), default="both")
     parser.add_argument("--recipe", help="tutorial, finetune or probe; default: the scenario's")
-    parser.add_argument("--bn", choices=("frozen", "adapt"), default="frozen")
+    parser.add_argument("--bn", choices=("fixed", "adapt"), default="fixed")
     parser.add_argument("--epochs", type=int, default=3, help="default: 3; the lesson's is 25")
     parser.add_argument("--batch-size", type=int, help="default: the recipe's")
     parser.add_argument("--seed", type=int, default=0)
@@ -81,7 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     data = find_ants_bees(options.data).splits()
     print(data.describe())
-    options.backbone = choose_backbone(options.backbone)
+    options.backbone = find_backbone() if options.backbone == "auto" else options.backbone
     show_training_batch(data, options)
     scenarios = ["finetune", "probe"] if options.scenario == "both" else [options.scenario]
     trainers = {scenario: run(scenario, data, options) for scenario in scenarios}

@@ -89,7 +89,7 @@ def _add_train(commands: Any) -> None:
     )
     parser.add_argument(
         "--bn",
-        choices=("frozen", "adapt"),
+        choices=("frozen", "adapt", "fixed"),
         default="frozen",
         help="BatchNorm in frozen modules (default: %(default)s)",
     )

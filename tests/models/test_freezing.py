@@ -83,7 +83,7 @@ def test_anything_else_is_an_error(freeze: Any) -> None:
 def test_unknown_mode_of_batchnorm_is_an_error() -> None:
     with pytest.raises(FreezeError) as error:
         FreezePlan.parse("backbone", bn="train")  # type: ignore[arg-type]
-    assert str(error.value) == '`bn` should be "frozen" or "adapt", found \'train\'.'
+    assert str(error.value) == '`bn` should be "frozen", "adapt" or "fixed", found \'train\'.'
 
 
 def test_adapting_where_nothing_is_frozen_is_an_error() -> None:

@@ -55,7 +55,8 @@ def test_log_says_what_the_lesson_says(
     history = make(tiny_spec, tiny_splits, EpochLog()).fit(2)
     lines = capsys.readouterr().out.splitlines()
     assert re.fullmatch(
-        r"Training 1,474 of 1,474 parameters of tiny on cpu \(.+\), recipe finetune, seed 0",
+        r"Training 1,474 of 1,474 parameters of tiny on cpu \(.+\), recipe finetune, "
+        r"lr 0\.01 \(backbone 0\.0003\), seed 0",
         lines[0],
     )
     first = history[0]

@@ -17,7 +17,9 @@ def model(tiny_spec: BackboneSpec) -> Classifier:
 
 
 def make(optimizer: Any, model: Classifier) -> torch.optim.Optimizer:
-    return make_optimizer(optimizer, model, lr=0.5, momentum=0.8, weight_decay=0.01)
+    return make_optimizer(
+        optimizer, model, lr=0.5, backbone_lr_factor=0.1, momentum=0.8, weight_decay=0.01
+    )
 
 
 @pytest.mark.parametrize("name", list_optimizers())
@@ -31,6 +33,15 @@ def test_named_ones_hold_only_what_trains(name: str, model: Classifier) -> None:
 
 def test_sgd_has_momentum(model: Classifier) -> None:
     assert make("sgd", model).param_groups[0]["momentum"] == 0.8
+
+
+def test_the_backbone_has_a_rate_of_its_own(model: Classifier) -> None:
+    model.freeze("backbone.conv1.*")
+    head, backbone = make("sgd", model).param_groups
+    assert (head["name"], head["lr"]) == ("head", 0.5)
+    assert (backbone["name"], backbone["lr"]) == ("backbone", pytest.approx(0.05))
+    trainable = {id(each) for each in model.backbone.parameters() if each.requires_grad}
+    assert {id(each) for each in backbone["params"]} == trainable
 
 
 def test_factory_and_object(model: Classifier) -> None:

@@ -12,7 +12,10 @@ from transferkit.training.settings import name_of, resolve_recipe
 
 
 def resolve(recipe: str = "tutorial", **given: Any) -> Recipe:
-    rates = {name: given.pop(name, None) for name in ("lr", "momentum", "weight_decay")}
+    rates = {
+        name: given.pop(name, None)
+        for name in ("lr", "backbone_lr_factor", "momentum", "weight_decay")
+    }
     arguments: dict[str, Any] = dict.fromkeys(
         ("optimizer", "scheduler", "scheduler_options", "augmentation", "batch_size")
     )
@@ -24,6 +27,7 @@ def test_the_tutorial_recipe_is_the_lessons() -> None:
         "name": "tutorial",
         "optimizer": "sgd",
         "lr": 0.001,
+        "backbone_lr_factor": 1.0,
         "momentum": 0.9,
         "weight_decay": 0.0,
         "scheduler": "step",
@@ -66,6 +70,7 @@ def test_options_alone_go_to_the_recipes_scheduler() -> None:
         ("momentum", 1.0, "in [0, 1)"),
         ("momentum", -0.1, "in [0, 1)"),
         ("weight_decay", -1, "of at least 0"),
+        ("backbone_lr_factor", 0, "above 0"),
     ],
 )
 def test_rates_are_checked(name: str, value: object, words: str) -> None:

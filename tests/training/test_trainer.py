@@ -114,7 +114,7 @@ def test_it_computes_what_a_plain_loop_computes(
     expected = plain_loop(model, tiny_splits, epochs=4, batch_size=3, seed=5, lr=0.02)
     twin = build_model(spec, 2, weights=None, freeze=freeze, bn=bn)
     trainer = Trainer(
-        twin, tiny_splits, optimizer="sgd", lr=0.02, scheduler="step",
+        twin, tiny_splits, optimizer="sgd", lr=0.02, backbone_lr_factor=1.0, scheduler="step",
         scheduler_options={"step_size": 2}, batch_size=3, seed=5, augmentation="none",
         verbose=False, device="cpu",
     )  # fmt: skip
@@ -145,6 +145,16 @@ def test_adapting_batchnorm_moves_its_statistics_only(make: Make) -> None:
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed
     assert all(name.split(".")[-1].startswith(("running_", "num_batches")) for name in changed)
+
+
+def test_fixed_batchnorm_keeps_its_statistics_while_all_weights_train(make: Make) -> None:
+    trainer = make(bn="fixed", backbone_lr_factor=1.0)
+    before = state(trainer.model.backbone)
+    trainer.fit(2)
+    after = state(trainer.model.backbone)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {"bn1.weight", "conv1.weight"} <= changed
+    assert not any(name.split(".")[-1].startswith(("running_", "num_b")) for name in changed)
 
 
 def test_two_runs_of_one_seed_agree_and_workers_do_not_matter(make: Make) -> None:

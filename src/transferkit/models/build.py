@@ -39,8 +39,9 @@ def build_model(
         num_classes: The number of classes, at least 2.
         freeze: What does not train: "none" for fine-tuning, "backbone" for linear probing,
             globs over parameter names, or a `FreezePlan`.
-        bn: What BatchNorm in frozen modules does: "frozen" stands still, "adapt" follows the
-            training batches, as in the PyTorch lesson on transfer learning.
+        bn: What BatchNorm statistics do: "frozen" ones of frozen modules stand still, with
+            "adapt" they follow the training batches, as in the PyTorch lesson on transfer
+            learning, and with "fixed" all stand still, also where the weights train.
         weights: "default" loads the backbone's own weights from the cache, a package or the
             network; None keeps random ones; a path reads a `.pth` or `.safetensors` state
             dict in the provider's names. A network of your own keeps its weights unless

@@ -89,7 +89,7 @@ class Classifier(nn.Module):
 
         Args:
             freeze: "none", "backbone", globs over parameter names, or a plan.
-            bn: "frozen" or "adapt", see `FreezePlan`.
+            bn: "frozen", "adapt" or "fixed", see `FreezePlan`.
 
         Returns:
             The model itself.
@@ -125,6 +125,10 @@ class Classifier(nn.Module):
                 for layer in module.modules()
             ):
                 pin(module, bn)
+        if bn == "fixed":
+            for layer in self.backbone.modules():
+                if isinstance(layer, _BatchNorm) and layer.training:
+                    layer.eval()
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """Iterate over the parameters that are not frozen.

@@ -101,7 +101,7 @@ class EpochLog(Callback):
         self._print(
             f"Training {model.num_trainable_parameters:,} of {model.num_parameters:,} parameters "
             f"of {model.backbone_name} on {describe_device(trainer.device)}, "
-            f"recipe {trainer.recipe.name}, seed {trainer.seed}"
+            f"recipe {trainer.recipe.name}, {_describe_rates(trainer)}, seed {trainer.seed}"
         )
 
     def on_epoch_end(self, trainer: Trainer, record: EpochRecord) -> None:
@@ -128,6 +128,13 @@ class EpochLog(Callback):
     def _print(self, text: str) -> None:
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
+
+
+def _describe_rates(trainer: Trainer) -> str:
+    settings = trainer.history.settings
+    lr, factor = settings["lr"], settings["backbone_lr_factor"]
+    apart = factor not in (None, 1.0) and not trainer.model.is_backbone_frozen
+    return f"lr {lr:g}" + (f" (backbone {lr * factor:g})" if apart else "")
 
 
 class EarlyStopping(Callback):

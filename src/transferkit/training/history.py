@@ -26,7 +26,7 @@ class EpochRecord:
         train_accuracy: Share of them predicted right, in [0, 1], while the model changed.
         val_loss: Mean of the criterion over the validation images.
         val_accuracy: Share of them predicted right, in [0, 1].
-        lr: Learning rate of the first parameter group at the epoch's start.
+        lr: Learning rate of the first parameter group, usually the head's, at the epoch's start.
         seconds: Duration of both phases.
     """
 

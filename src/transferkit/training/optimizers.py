@@ -46,6 +46,7 @@ def make_optimizer(
     model: Classifier,
     *,
     lr: float,
+    backbone_lr_factor: float,
     momentum: float,
     weight_decay: float,
 ) -> Optimizer:
@@ -55,7 +56,8 @@ def make_optimizer(
         optimizer: "sgd", "adam" or "adamw"; a factory; or an optimizer over parameters
             of this model, which is taken as it is.
         model: The model.
-        lr: Learning rate; only for a name.
+        lr: Learning rate of the head; only for a name.
+        backbone_lr_factor: Learning rate of the backbone relative to it; only for a name.
         momentum: Momentum of "sgd", in [0, 1).
         weight_decay: Weight decay, at least 0; only for a name.
 
@@ -72,7 +74,7 @@ def make_optimizer(
         options: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
         if optimizer == "sgd":
             options["momentum"] = momentum
-        return _NAMED.get(optimizer)(parameters, **options)
+        return _NAMED.get(optimizer)(_make_groups(model, lr, backbone_lr_factor), **options)
     if not isinstance(optimizer, Optimizer):
         check_callable("optimizer", optimizer, "a name, a factory or a torch.optim.Optimizer")
     built = optimizer if isinstance(optimizer, Optimizer) else optimizer(parameters)
@@ -83,6 +85,22 @@ def make_optimizer(
         )
     _check_parameters(built, parameters)
     return built
+
+
+def _make_groups(model: Classifier, lr: float, factor: float) -> list[dict[str, Any]]:
+    """Return a parameter group for each part of the model that trains, the head's first."""
+    groups = [
+        {
+            "name": name,
+            "params": [each for each in part.parameters() if each.requires_grad],
+            "lr": rate,
+        }
+        for name, part, rate in (
+            ("head", model.head, lr),
+            ("backbone", model.backbone, lr * factor),
+        )
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def _check_parameters(optimizer: Optimizer, trainable: list[nn.Parameter]) -> None:

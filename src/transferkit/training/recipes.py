@@ -17,6 +17,8 @@ class Recipe:
         name: The recipe's name.
         optimizer: "sgd", "adam" or "adamw".
         lr: Learning rate.
+        backbone_lr_factor: Learning rate of the backbone relative to `lr`, which is the
+            head's: a new head has all to learn, a trained backbone much to lose.
         momentum: Momentum of "sgd".
         weight_decay: Weight decay.
         scheduler: A scheduler's name.
@@ -29,6 +31,7 @@ class Recipe:
     name: str
     optimizer: str
     lr: float
+    backbone_lr_factor: float = 1.0
     momentum: float = 0.9
     weight_decay: float = 0.0
     scheduler: str
@@ -57,7 +60,7 @@ RECIPES: MappingProxyType[str, Recipe] = MappingProxyType(
         "probe": Recipe(
             name="probe",
             optimizer="sgd",
-            lr=0.03,
+            lr=0.01,
             scheduler="cosine",
             batch_size=16,
             epochs=5,
@@ -66,6 +69,7 @@ RECIPES: MappingProxyType[str, Recipe] = MappingProxyType(
             name="finetune",
             optimizer="sgd",
             lr=0.01,
+            backbone_lr_factor=0.03,
             scheduler="warmup_cosine",
             batch_size=16,
             epochs=5,

@@ -12,6 +12,7 @@ from transferkit.training.recipes import Recipe, get_recipe
 
 _RATE_LIMITS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "lr": ("above 0", lambda value: value > 0),
+    "backbone_lr_factor": ("above 0", lambda value: value > 0),
     "momentum": ("in [0, 1)", lambda value: 0 <= value < 1),
     "weight_decay": ("of at least 0", lambda value: value >= 0),
 }
@@ -36,7 +37,7 @@ def resolve_recipe(
         scheduler_options: Options for the scheduler.
         augmentation: Likewise.
         batch_size: Likewise.
-        rates: "lr", "momentum" and "weight_decay"; None keeps the recipe's.
+        rates: "lr", "backbone_lr_factor", "momentum" and "weight_decay"; None keeps the recipe's.
 
     Returns:
         The settings that hold. What was given as an object stays out of them.

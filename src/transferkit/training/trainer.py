@@ -51,7 +51,9 @@ class Trainer:
             "finetune". The arguments that follow take the place of its settings.
         optimizer: "sgd", "adam", "adamw", a factory over parameters, or an optimizer over
             exactly the parameters that train.
-        lr: Learning rate, above 0; only where `optimizer` is a name.
+        lr: Learning rate of the head, above 0; only where `optimizer` is a name.
+        backbone_lr_factor: Learning rate of the backbone relative to `lr`, above 0; only
+            where `optimizer` is a name.
         momentum: Momentum of "sgd", in [0, 1); only where `optimizer` is a name.
         weight_decay: Weight decay, at least 0; only where `optimizer` is a name.
         scheduler: A name (`list_schedulers()`), a factory, a `Schedule` or a PyTorch
@@ -98,6 +100,7 @@ class Trainer:
         recipe: str | Recipe | None = None,
         optimizer: str | OptimizerFactory | Optimizer | None = None,
         lr: float | None = None,
+        backbone_lr_factor: float | None = None,
         momentum: float | None = None,
         weight_decay: float | None = None,
         scheduler: str | SchedulerFactory | Schedule | LRScheduler | None = None,
@@ -132,7 +135,12 @@ class Trainer:
             scheduler_options=scheduler_options,
             augmentation=augmentation,
             batch_size=batch_size,
-            rates={"lr": lr, "momentum": momentum, "weight_decay": weight_decay},
+            rates={
+                "lr": lr,
+                "backbone_lr_factor": backbone_lr_factor,
+                "momentum": momentum,
+                "weight_decay": weight_decay,
+            },
         )
         self.criterion: Criterion = nn.CrossEntropyLoss() if criterion is None else criterion
         if isinstance(self.criterion, nn.Module):
@@ -341,6 +349,7 @@ class Trainer:
             self._optimizer,
             self.model,
             lr=self.recipe.lr,
+            backbone_lr_factor=self.recipe.backbone_lr_factor,
             momentum=self.recipe.momentum,
             weight_decay=self.recipe.weight_decay,
         )
@@ -372,6 +381,8 @@ class Trainer:
         """Return what this fit was told, as plain data; rates are the optimizer's own."""
         rates = {name: options.get(name) for name in ("lr", "momentum", "weight_decay")}
         rates["lr"] = float(options["lr"])
+        if not isinstance(self._optimizer, str):
+            rates["backbone_lr_factor"] = None
         return (
             self.recipe.to_dict()
             | rates
