@@ -122,6 +122,16 @@ def test_a_broken_picture_leaves_no_artifact(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny"]
 
 
+def test_one_file_cannot_be_two_things(
+    train: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train("--history", str(tmp_path / "model.safetensors")) == 1
+    assert error_of(capsys) == (
+        f"transferkit: error: --out and --history name the same file, "
+        f"`{tmp_path / 'model.safetensors'}`.\n"
+    )
+
+
 def test_shortcuts_of_freeze_stand_alone(train: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert train("--freeze", "backbone", "--freeze", "head.*") == 1
     assert error_of(capsys) == (

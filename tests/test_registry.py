@@ -88,7 +88,7 @@ def test_replace_takes_the_place() -> None:
 def test_empty_name_is_an_error() -> None:
     with pytest.raises(ConfigError) as error:
         make_registry().add("", 1)
-    assert str(error.value) == "A number needs a name, found an empty string."
+    assert str(error.value) == "A number needs a name, found ''."
 
 
 def test_removing_an_unknown_name_is_an_error() -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transferkit import (
+        artifacts,
         data,
         errors,
         evaluation,
@@ -74,6 +75,7 @@ __all__ = [
     "Trainer",
     "TransferkitError",
     "__version__",
+    "artifacts",
     "build_model",
     "data",
     "decode_image",
@@ -102,6 +104,7 @@ __all__ = [
 ]
 
 _ROOMS = (
+    "artifacts",
     "data",
     "errors",
     "evaluation",

@@ -36,8 +36,8 @@ class Registry(Generic[T]):
         Raises:
             ConfigError: The name is empty, or taken and `replace` is False.
         """
-        if not name:
-            raise ConfigError(f"A {self.kind} needs a name, found an empty string.")
+        if not isinstance(name, str) or not name:
+            raise ConfigError(f"A {self.kind} needs a name, found {name!r}.")
         if name in self._entries and not replace:
             raise ConfigError(
                 f"A {self.kind} `{name}` is registered already. "

@@ -91,7 +91,8 @@ def _add_train(commands: Any) -> None:
         "--bn",
         choices=("frozen", "adapt", "fixed"),
         default="frozen",
-        help="BatchNorm in frozen modules (default: %(default)s)",
+        help="BatchNorm statistics: still where frozen, adapting there, or fixed everywhere "
+        "(default: %(default)s)",
     )
     parser.add_argument("--recipe", help="tutorial, probe or finetune; default: by what is frozen")
     parser.add_argument("--epochs", type=int, help="default: the recipe's")
@@ -159,6 +160,8 @@ def run_train(options: argparse.Namespace) -> int:
     import transferkit as tk
     from transferkit._files import check_writable
 
+    if options.history is not None and options.history.resolve() == options.out.resolve():
+        raise ConfigError(f"--out and --history name the same file, `{options.out}`.")
     for path in (options.out, options.history):
         if path is not None:
             check_writable(path)

@@ -20,6 +20,13 @@ def make_dataset(folder: Path, class_names: tuple[str, ...] = ("ants", "bees")) 
     return ImageDataset(paths, [1, 0, 1], class_names=class_names)
 
 
+def test_targets_are_integers() -> None:
+    message = "`targets` should be integer class indices, found float64."
+    with pytest.raises(DataError) as error:
+        ImageDataset(["a", "b"], [0.9, 1.2], class_names=("a", "b"))  # type: ignore[list-item]
+    assert str(error.value) == message
+
+
 def test_item_is_the_decoded_picture_and_its_target(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path)
     assert len(dataset) == 3

@@ -23,6 +23,16 @@ def test_of_extreme_pictures_the_middle_is_kept(upright: bool) -> None:
     assert abs(int(trimmed[0]) - int(middle[0])) <= 1
 
 
+def test_squashing_sees_the_whole_picture() -> None:
+    image = (torch.arange(2000) // 8).to(torch.uint8).expand(3, 10, 2000)
+    view = Preprocess(
+        crop_size=32, resize_size=32, resize_mode="squash", mean=(0, 0, 0), std=(1, 1, 1)
+    )
+    values = view.eval()(image) * 255
+    assert values[0, 0, 0] < 8
+    assert values[0, 0, -1] > 240
+
+
 def test_a_picture_of_one_by_twenty_thousand_pixels_is_no_matter() -> None:
     image = torch.zeros(3, 1, 20_000, dtype=torch.uint8)
     preprocess = Preprocess()

@@ -162,6 +162,18 @@ def test_one_picture_is_not_many(predictor: Predictor, one: Any) -> None:
         predictor.predict_many(one)
 
 
+def test_good_pictures_come_before_the_bad_one_raises(
+    predictor: Predictor, tiny_splits: ImageSplits, tmp_path: Path
+) -> None:
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"no picture")
+    predictions = predictor.predict_many([*tiny_splits.val.paths[:3], bad])
+    found = [next(predictions).path for _ in range(3)]
+    assert found == tiny_splits.val.paths[:3]
+    with pytest.raises(ImageError, match=r"bad\.png"):
+        next(predictions)
+
+
 def test_a_missing_folder_is_found_at_the_door(predictor: Predictor, tmp_path: Path) -> None:
     missing = tmp_path / "none"
     message = f"The folder `{missing}` does not exist. Expected a folder with pictures."

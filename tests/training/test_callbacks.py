@@ -116,6 +116,7 @@ def test_early_stopping_on_loss_and_accuracy() -> None:
 def test_early_stopping_counts_nan_as_no_improvement() -> None:
     nan = float("nan")
     assert waits([1, nan, nan], patience=2) == 3
+    assert waits([nan, 1, 0.5, 0.4], patience=2) == 0
 
 
 def test_early_stopping_ends_a_real_fit(tiny_spec: BackboneSpec, tiny_splits: ImageSplits) -> None:

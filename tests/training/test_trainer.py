@@ -524,6 +524,64 @@ def test_unfreezing_in_a_fit_does_not_break_its_end(make: Make) -> None:
     assert len(make(freeze="backbone", callbacks=[Unfreeze()]).fit(2)) == 2
 
 
+def test_a_failed_fit_leaves_an_optimizer_object_at_its_rate(
+    tiny_spec: BackboneSpec, tiny_splits: ImageSplits
+) -> None:
+    model = build_model(tiny_spec, 2, weights=None)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    stop = Stop(RuntimeError("boom"), epoch=3)
+    trainer = Trainer(model, tiny_splits, optimizer=optimizer, scheduler="cosine",
+                      callbacks=[stop], batch_size=4, verbose=False, device="cpu")  # fmt: skip
+    with pytest.raises(RuntimeError, match=r"^boom$"):
+        trainer.fit(4)
+    assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+def test_numpys_numbers_can_be_saved(make: Make, tmp_path: Path) -> None:
+    trainer = make(batch_size=np.int64(4), scheduler="step",
+                   scheduler_options={"step_size": np.int64(3)})  # fmt: skip
+    trainer.fit(1)
+    assert trainer.save(tmp_path / "m.safetensors").exists()
+
+
+def test_one_cycle_keeps_the_momentum(make: Make) -> None:
+    seen: set[float] = set()
+    optimizers: list[torch.optim.Optimizer] = []
+
+    def sgd(parameters: Any) -> torch.optim.Optimizer:
+        optimizers.append(torch.optim.SGD(parameters, lr=0.01, momentum=0.5))
+        return optimizers[-1]
+
+    class Note(Callback):
+        def on_step_end(self, trainer: Trainer, step: int) -> None:
+            seen.add(optimizers[-1].param_groups[0]["momentum"])
+
+    make(optimizer=sgd, scheduler="one_cycle", callbacks=[Note()]).fit(2)
+    assert seen == {0.5}
+
+
+def test_a_network_that_keeps_a_constant_trains_after_an_evaluation(make: Make) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+            self.scale: torch.Tensor | None = None
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            features = self.conv(images).mean(dim=(2, 3))
+            if self.scale is None:
+                self.scale = torch.ones_like(features[:1])
+            scaled: torch.Tensor = features * self.scale
+            return scaled
+
+    data = make().data
+    preprocess = Preprocess(crop_size=32, resize_size=32)
+    model = build_model(Scaled(), 2, num_features=4, preprocess=preprocess)
+    trainer = Trainer(model, data, verbose=False, device="cpu")
+    trainer.evaluate()
+    assert len(trainer.fit(1)) == 1
+
+
 def test_lbfgs_is_refused(make: Make) -> None:
     message = (
         "LBFGS evaluates the loss several times in a step, which the training loop does not. "

@@ -214,7 +214,7 @@ def _self_test_logits(model: Classifier, images: Tensor) -> Tensor:
         model = copy.deepcopy(model).cpu()
     transform = model.preprocess.eval()
     batch = torch.stack([transform(image) for image in images])
-    with evaluating(model), torch.inference_mode():
+    with evaluating(model), torch.no_grad():
         logits: Tensor = model(batch)
     return logits.float()
 

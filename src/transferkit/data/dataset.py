@@ -42,7 +42,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         skipped: The files that were left out when the folder was read.
 
     Raises:
-        DataError: The lengths differ, or a target is out of range.
+        DataError: The lengths differ, or a target is no integer or out of range.
 
     Example:
         >>> dataset = ImageDataset(["ant.jpg", "bee.jpg"], [0, 1], class_names=["ants", "bees"])
@@ -60,7 +60,10 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         skipped: Sequence[SkippedFile] = (),
     ) -> None:
         self.paths: list[Path] = [Path(path) for path in paths]
-        self.targets: npt.NDArray[np.int64] = np.asarray(targets, dtype=np.int64)
+        given = np.asarray(targets)
+        if given.size and not np.issubdtype(given.dtype, np.integer):
+            raise DataError(f"`targets` should be integer class indices, found {given.dtype}.")
+        self.targets: npt.NDArray[np.int64] = given.astype(np.int64)
         self.class_names: tuple[str, ...] = tuple(class_names)
         self.transform = transform
         self.skipped: tuple[SkippedFile, ...] = tuple(skipped)

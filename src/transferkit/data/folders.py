@@ -203,7 +203,7 @@ def _unreadable(folder: object, error: OSError) -> DataError:
 
 
 def _is_hidden(name: str) -> bool:
-    return name.startswith((".", "__"))
+    return name.startswith(".") or name in ("__MACOSX", "__pycache__")
 
 
 def natural_key(name: str) -> tuple[list[tuple[int, int, str]], str]:

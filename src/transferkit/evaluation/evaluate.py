@@ -111,7 +111,7 @@ def evaluate_model(
     device = next(model.parameters()).device
     mean = RunningMean(device)
     pairs: list[tuple[Tensor, Tensor]] = []
-    with evaluating(model), torch.inference_mode():
+    with evaluating(model), torch.no_grad():
         for batch in batches:
             images, targets, _ = batch.to(device, memory_format=memory_format)
             logits = model(images)

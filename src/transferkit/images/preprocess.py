@@ -181,7 +181,8 @@ class _EvalTransform:
         squash = spec.resize_mode == "squash"
         size = [spec.resize_size, spec.resize_size] if squash else [spec.resize_size]
         mode = InterpolationMode(spec.interpolation)
-        image = F.resize(trim_extreme(image), size, interpolation=mode, antialias=True)
+        image = image if squash else trim_extreme(image)
+        image = F.resize(image, size, interpolation=mode, antialias=True)
         return spec.normalize(F.center_crop(image, [spec.crop_size, spec.crop_size]))
 
 

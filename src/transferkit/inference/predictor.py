@@ -15,7 +15,7 @@ from transferkit._checks import check_integer, check_type
 from transferkit._device import resolve_device
 from transferkit.artifacts import load_artifact
 from transferkit.data.folders import find_images
-from transferkit.errors import ConfigError
+from transferkit.errors import ConfigError, ImageError
 from transferkit.images import ImageSource, Preprocess, decode_image
 from transferkit.inference.prediction import ClassProbability, Prediction
 from transferkit.models import BackboneSpec, Classifier
@@ -150,12 +150,24 @@ class Predictor:
     def _predict_iterable(
         self, images: Iterator[ImageSource], k: int, batch_size: int
     ) -> Iterator[Prediction]:
-        while batch := list(islice(images, batch_size)):
-            yield from self._predict_batch(batch, k)
-
-    def _predict_batch(self, sources: Sequence[ImageSource], k: int) -> Iterator[Prediction]:
         transform = self.preprocess.eval()
-        batch = torch.stack([transform(decode_image(source)) for source in sources])
+        while sources := list(islice(images, batch_size)):
+            ready: list[Tensor] = []
+            problem: ImageError | None = None
+            for source in sources:
+                try:
+                    ready.append(transform(decode_image(source)))
+                except ImageError as error:
+                    problem = error  # Its turn comes after the good ones before it.
+                    break
+            if ready:
+                yield from self._predict_batch(sources[: len(ready)], torch.stack(ready), k)
+            if problem is not None:
+                raise problem
+
+    def _predict_batch(
+        self, sources: Sequence[ImageSource], batch: Tensor, k: int
+    ) -> Iterator[Prediction]:
         probabilities = self._probabilities(batch.to(self.device)).cpu()
         values, indices = probabilities.sort(dim=1, descending=True, stable=True)
         for source, row, order in zip(sources, values.tolist(), indices.tolist(), strict=True):
@@ -167,7 +179,7 @@ class Predictor:
             yield Prediction(ranked, path)
 
     def _probabilities(self, images: Tensor) -> Tensor:
-        with evaluating(self.model), torch.inference_mode():
+        with evaluating(self.model), torch.no_grad():
             probabilities: Tensor = self.model(images).float().softmax(dim=1)
         return probabilities
 

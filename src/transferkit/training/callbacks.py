@@ -168,7 +168,7 @@ class EarlyStopping(Callback):
         """Compare with the best so far."""
         sign = 1.0 if "accuracy" in self.monitor else -1.0
         value = sign * record.get(self.monitor)
-        if value > self._best + self.min_delta or self._best == float("-inf"):
+        if value > self._best + self.min_delta or (value > self._best == float("-inf")):
             self._best, self._waited = value, 0
             return
         self._waited += 1

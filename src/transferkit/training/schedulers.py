@@ -250,12 +250,15 @@ def _warmup_cosine(
 def _one_cycle(
     optimizer: Optimizer, *, num_epochs: int, steps_per_epoch: int, warmup: float = 0.3
 ) -> Schedule:
-    """Rise to the learning rate over the share `warmup`, then fall (Smith and Topin, 2018)."""
+    """Rise to the learning rate over the share `warmup`, then fall (Smith and Topin, 2018).
+
+    The momentum stays what the user set.
+    """
     warmup = _check_warmup(warmup)
     rates = [group["lr"] for group in optimizer.param_groups]
     total = num_epochs * steps_per_epoch
     scheduler = lr_scheduler.OneCycleLR(
-        optimizer, max_lr=rates, total_steps=total, pct_start=warmup
+        optimizer, max_lr=rates, total_steps=total, pct_start=warmup, cycle_momentum=False
     )
     return Schedule(scheduler, interval="step")
 

@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from transferkit._checks import check_number, check_type
+import numpy as np
+
+from transferkit._checks import check_integer, check_number, check_type
 from transferkit.errors import ConfigError
 from transferkit.training.recipes import Recipe, get_recipe
 
@@ -52,13 +54,15 @@ def resolve_recipe(
     given: dict[str, Any] = {name: value for name, value in names.items() if isinstance(value, str)}
     given |= _check_rates(rates, optimizer if optimizer is not None else base.optimizer)
     if batch_size is not None:
-        given["batch_size"] = batch_size
+        given["batch_size"] = check_integer("batch_size", batch_size, minimum=1)
     if scheduler_options is not None and scheduler is not None and "scheduler" not in given:
         raise ConfigError(
             "`scheduler_options` belong to a scheduler given by name. Leave them out."
         )
     if scheduler is not None or scheduler_options is not None:
-        given["scheduler_options"] = dict(scheduler_options or {})
+        options = {} if scheduler_options is None else scheduler_options
+        check_type("scheduler_options", options, dict, "a dict of options")
+        given["scheduler_options"] = {name: _to_plain(each) for name, each in options.items()}
     return replace(base, **given)
 
 
@@ -75,6 +79,11 @@ def _check_rates(rates: Mapping[str, float | None], optimizer: object) -> dict[s
         words, fits = _RATE_LIMITS[name]
         given[name] = check_number(name, value, fits, words)
     return given
+
+
+def _to_plain(value: Any) -> Any:
+    """Return NumPy's numbers as Python's, which the history can hold as JSON."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def name_of(thing: object) -> str:

@@ -192,7 +192,10 @@ class Trainer:
         schedule = self._make_schedule(optimizer, num_epochs=num_epochs)
         self.history = History(settings=self._settings(num_epochs, options[0]))
         self.should_stop = False
-        with self._session(num_epochs) as best, seeded_torch(self.seed, self.device):
+        with (
+            self._session(num_epochs, optimizer, options) as best,
+            seeded_torch(self.seed, self.device),
+        ):
             for epoch in range(1, num_epochs + 1):
                 record = self._run_epoch(epoch, optimizer, schedule)
                 self.history.records.append(record)
@@ -201,10 +204,6 @@ class Trainer:
                 if self.should_stop and epoch < num_epochs:
                     self.history.status = "stopped"
                     break
-        if not isinstance(self._scheduler, (Schedule, LRScheduler)):
-            # An optimizer given as an object is not left with the last rate, which may be 0.
-            for group, start in zip(optimizer.param_groups, options, strict=True):
-                group.update(start)
         return self.history
 
     def evaluate(self, split: str | ImageDataset = "val") -> Evaluation:
@@ -306,7 +305,9 @@ class Trainer:
         )
 
     @contextmanager
-    def _session(self, num_epochs: int) -> Iterator[BestWeights]:
+    def _session(
+        self, num_epochs: int, optimizer: Optimizer, options: list[dict[str, Any]]
+    ) -> Iterator[BestWeights]:
         """Run the epochs between start and end; whatever ends them, the best weights return."""
         best = BestWeights(self.model)
         start = time.perf_counter()
@@ -321,6 +322,10 @@ class Trainer:
             raise
         finally:
             best.restore()
+            if not isinstance(self._scheduler, (Schedule, LRScheduler)):
+                # An optimizer given as an object is not left with the last rate, maybe 0.
+                for group, first in zip(optimizer.param_groups, options, strict=False):
+                    group.update(first)
             self.model.zero_grad(set_to_none=True)
             for module, training in modes:
                 module.training = training
