@@ -64,8 +64,8 @@ def test_train_freezes_the_backbone_unless_told(
 ) -> None:
     train()
     assert "recipe probe" in capsys.readouterr().out
-    train("--freeze", "none")
-    assert "recipe finetune" in capsys.readouterr().out
+    train("--freeze", "none", "--lr", "0.1", "--backbone-lr-factor", "0.5")
+    assert "recipe finetune, lr 0.1 (backbone 0.05), seed 0" in capsys.readouterr().out
     train("--freeze", "backbone.conv1.*", "--freeze", "backbone.bn1.*")
     assert "Training 1,234 of 1,474 parameters" in capsys.readouterr().out
 

@@ -96,7 +96,13 @@ def _add_train(commands: Any) -> None:
     )
     parser.add_argument("--recipe", help="tutorial, probe or finetune; default: by what is frozen")
     parser.add_argument("--epochs", type=int, help="default: the recipe's")
-    parser.add_argument("--lr", type=float, help="learning rate; default: the recipe's")
+    parser.add_argument("--lr", type=float, help="learning rate of the head; default: the recipe's")
+    parser.add_argument(
+        "--backbone-lr-factor",
+        type=float,
+        metavar="F",
+        help="learning rate of the backbone relative to it; default: the recipe's",
+    )
     parser.add_argument("--batch-size", type=int, help="default: the recipe's")
     parser.add_argument("--optimizer", help="sgd, adam or adamw; default: the recipe's")
     parser.add_argument("--scheduler", help="default: the recipe's")
@@ -182,6 +188,7 @@ def run_train(options: argparse.Namespace) -> int:
         recipe=options.recipe,
         optimizer=options.optimizer,
         lr=options.lr,
+        backbone_lr_factor=options.backbone_lr_factor,
         scheduler=options.scheduler,
         batch_size=options.batch_size,
         seed=options.seed,
