@@ -5,6 +5,7 @@ and does not know `inference`.
 """
 
 from transferkit.training.callbacks import Callback, CSVLog, EarlyStopping, EpochLog, ProgressBar
+from transferkit.training.forward import Criterion
 from transferkit.training.history import EpochRecord, History
 from transferkit.training.optimizers import OptimizerFactory, list_optimizers
 from transferkit.training.recipes import RECIPES, Recipe
@@ -14,7 +15,7 @@ from transferkit.training.schedulers import (
     list_schedulers,
     register_scheduler,
 )
-from transferkit.training.trainer import Criterion, Trainer
+from transferkit.training.trainer import Trainer
 
 __all__ = [
     "RECIPES",

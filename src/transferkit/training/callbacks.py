@@ -5,16 +5,17 @@ from __future__ import annotations
 import csv
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from transferkit._checks import check_integer, check_number
+from transferkit._checks import check_callable, check_integer, check_number
 from transferkit._device import describe_device
 from transferkit._files import check_writable
-from transferkit.errors import OutputError
+from transferkit.errors import ConfigError, OutputError
 from transferkit.training.history import EpochRecord, History, check_record_key
 
 if TYPE_CHECKING:
@@ -203,3 +204,19 @@ class CSVLog(Callback):
                 csv.writer(file).writerow(row)
         except OSError as error:
             raise OutputError(f"Cannot write `{self.path}`: {error.strerror}.") from error
+
+
+def check_callables(criterion: object, augmentation: object, callbacks: Any) -> None:
+    """Check what the trainer will call later.
+
+    Raises:
+        ConfigError: The criterion or the augmentation cannot be called, or `callbacks` is no
+            list of callbacks.
+    """
+    if criterion is not None:
+        check_callable("criterion", criterion, "a callable from (logits, targets) to the loss")
+    if augmentation is not None and not isinstance(augmentation, str):
+        check_callable("augmentation", augmentation, "a preset's name or a callable")
+    is_list = isinstance(callbacks, Sequence)
+    if not is_list or not all(isinstance(each, Callback) for each in callbacks):
+        raise ConfigError(f"`callbacks` should be a list of Callbacks, found {callbacks!r}.")

@@ -117,3 +117,11 @@ def _check_parameters(optimizer: Optimizer, trainable: list[nn.Parameter]) -> No
             f"{len(wanted - held)} of them and holds {len(held - wanted)} others (frozen, or of "
             f"another model). Build it from `model.trainable_parameters()`, after freezing."
         )
+
+
+def group_options(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Return the options of each parameter group: learning rate, momentum and so on."""
+    return [
+        {name: value for name, value in group.items() if name not in ("params", "initial_lr")}
+        for group in optimizer.param_groups
+    ]

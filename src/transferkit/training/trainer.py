@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from transferkit._checks import check_callable, check_integer, check_type
+from transferkit._checks import check_integer, check_type
 from transferkit._device import resolve_device
 from transferkit._files import check_writable
 from transferkit._seeding import check_seed, seeded_torch
@@ -26,15 +26,13 @@ from transferkit.evaluation.evaluate import RunningMean
 from transferkit.images import Augmentation, Transform
 from transferkit.models import Classifier
 from transferkit.training.best import BestWeights
-from transferkit.training.callbacks import Callback, EpochLog, ProgressBar
+from transferkit.training.callbacks import Callback, EpochLog, ProgressBar, check_callables
+from transferkit.training.forward import Criterion, forward
 from transferkit.training.history import EpochRecord, History
-from transferkit.training.optimizers import OptimizerFactory, make_optimizer
+from transferkit.training.optimizers import OptimizerFactory, group_options, make_optimizer
 from transferkit.training.recipes import Recipe
 from transferkit.training.schedulers import Schedule, SchedulerFactory, make_schedule
 from transferkit.training.settings import name_of, resolve_recipe
-
-Criterion: TypeAlias = "Callable[[Tensor, Tensor], Tensor]"
-"""A callable from logits (N, C) and targets (N,) to the batch's mean loss, a scalar."""
 
 
 class Trainer:
@@ -117,7 +115,7 @@ class Trainer:
     ) -> None:
         check_type("model", model, Classifier, "a Classifier, as `build_model` makes one")
         check_type("data", data, ImageSplits, "ImageSplits, as `load_folders` gives them")
-        _check_callables(criterion, augmentation, callbacks)
+        check_callables(criterion, augmentation, callbacks)
         if data.num_classes != model.num_classes:
             raise ConfigError(
                 f"The data has {data.num_classes} classes ({', '.join(data.class_names[:5])}"
@@ -188,7 +186,7 @@ class Trainer:
         wanted = self.recipe.epochs if epochs is None else epochs
         num_epochs = check_integer("epochs", wanted, minimum=1)
         optimizer = self._make_optimizer()
-        options = _group_options(optimizer)
+        options = group_options(optimizer)
         schedule = self._make_schedule(optimizer, num_epochs=num_epochs)
         self.history = History(settings=self._settings(num_epochs, options[0]))
         self.should_stop = False
@@ -267,7 +265,7 @@ class Trainer:
         mean = RunningMean(self.device)
         for step, batch in enumerate(self._train_loader.batches(epoch=epoch), start=1):
             images, targets, _ = batch.to(self.device, memory_format=self._memory_format)
-            loss, logits = self._forward(images, targets)
+            loss, logits = forward(self.model, self.criterion, images, targets)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -275,25 +273,6 @@ class Trainer:
             mean.add(loss, logits, targets)
             self._call("on_step_end", step)
         return mean
-
-    def _forward(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        try:
-            logits: Tensor = self.model(images)
-        except RuntimeError as error:
-            if "view size is not compatible" in str(error):
-                raise ConfigError(
-                    f"The backbone `{self.model.backbone_name}` calls `view` on activations, "
-                    f"which works with the channels first only. Pass `channels_last=False`."
-                ) from error
-            raise
-        loss = self.criterion(logits, targets)
-        if not isinstance(loss, Tensor) or loss.dim() != 0:
-            found = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise ConfigError(
-                f"The criterion should return the mean loss of the batch as a scalar tensor, "
-                f"found {found}."
-            )
-        return loss, logits
 
     def _evaluate(self, loader: ImageLoader) -> Evaluation:
         return evaluate_model(
@@ -405,21 +384,3 @@ class Trainer:
                 "num_val": len(self.data.val),
             }
         )
-
-
-def _check_callables(criterion: object, augmentation: object, callbacks: Any) -> None:
-    if criterion is not None:
-        check_callable("criterion", criterion, "a callable from (logits, targets) to the loss")
-    if augmentation is not None and not isinstance(augmentation, str):
-        check_callable("augmentation", augmentation, "a preset's name or a callable")
-    is_list = isinstance(callbacks, Sequence)
-    if not is_list or not all(isinstance(each, Callback) for each in callbacks):
-        raise ConfigError(f"`callbacks` should be a list of Callbacks, found {callbacks!r}.")
-
-
-def _group_options(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """Return the options of each parameter group: learning rate, momentum and so on."""
-    return [
-        {name: value for name, value in group.items() if name not in ("params", "initial_lr")}
-        for group in optimizer.param_groups
-    ]
