@@ -1,4 +1,4 @@
-"""Putting a model into eval mode for a while, and every module back into its own."""
+"""Changing a model's mode for a while, and putting every module back into its own."""
 
 from __future__ import annotations
 
@@ -6,6 +6,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Run a block that may change modes; afterwards each module is in the mode it was in.
+
+    Args:
+        model: The model.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 @contextmanager
@@ -23,10 +38,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         >>> [module.training for module in model]
         [True, False]
     """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with modes_kept(model):
+        model.eval()
         yield
-    finally:
-        for module, training in modes:
-            module.training = training

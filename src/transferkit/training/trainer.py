@@ -25,6 +25,7 @@ from transferkit.evaluation import Evaluation, evaluate_model
 from transferkit.evaluation.evaluate import RunningMean
 from transferkit.images import Augmentation, Transform
 from transferkit.models import Classifier
+from transferkit.models.modes import modes_kept
 from transferkit.training.best import BestWeights
 from transferkit.training.callbacks import Callback, EpochLog, ProgressBar, check_callables
 from transferkit.training.forward import Criterion, forward
@@ -191,6 +192,7 @@ class Trainer:
         self.history = History(settings=self._settings(num_epochs, options[0]))
         self.should_stop = False
         with (
+            modes_kept(self.model),
             self._session(num_epochs, optimizer, options) as best,
             seeded_torch(self.seed, self.device),
         ):
@@ -220,7 +222,10 @@ class Trainer:
         """
         dataset = self._find_split(split)
         loader = self._loader(dataset, self.model.preprocess.eval(), shuffle=False)
-        return self._evaluate(loader)
+        try:
+            return self._evaluate(loader)
+        finally:
+            loader.close()
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Save the model as an artifact that `Predictor.load` reads.
@@ -290,7 +295,6 @@ class Trainer:
         """Run the epochs between start and end; whatever ends them, the best weights return."""
         best = BestWeights(self.model)
         start = time.perf_counter()
-        modes = [(module, module.training) for module in self.model.modules()]
         try:
             self._call("on_fit_start", num_epochs)
             yield best
@@ -306,8 +310,6 @@ class Trainer:
                 for group, first in zip(optimizer.param_groups, options, strict=False):
                     group.update(first)
             self.model.zero_grad(set_to_none=True)
-            for module, training in modes:
-                module.training = training
             self._train_loader.close()
             self._val_loader.close()
             self.history.seconds = time.perf_counter() - start
