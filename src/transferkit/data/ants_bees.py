@@ -23,6 +23,7 @@ from typing import Literal, TypeAlias
 import pooch
 import requests
 
+from transferkit._downloads import fetch
 from transferkit.data.dataset import ImageSplits
 from transferkit.data.drawn import write_drawn_pictures
 from transferkit.data.folders import load_folders
@@ -41,8 +42,6 @@ CONTENT_DIGEST = "09b2329aa6956906521686a682b4c4793592134e6d718c3e9769e005ec2404
 
 MAX_MEMBER_BYTES = 20_000_000
 MAX_ARCHIVE_BYTES = 200_000_000
-CONNECT_TIMEOUT_S = 5.0
-READ_TIMEOUT_S = 60.0
 
 # What zipfile raises on archives that are damaged, locked or packed in an unknown way.
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError)
@@ -223,15 +222,7 @@ def _download(url: str, target: Path) -> Path:
     """Fetch the archive and unpack it to `target`, all or nothing."""
 
     def fill(folder: Path) -> None:
-        archive = pooch.retrieve(
-            url,
-            known_hash=None,
-            fname="archive.zip",
-            path=folder / "download",
-            downloader=pooch.HTTPDownloader(
-                progressbar=True, timeout=(CONNECT_TIMEOUT_S, READ_TIMEOUT_S)
-            ),
-        )
+        archive = fetch(url, folder / "download", "archive.zip")
         extract_archive(archive, folder / "unpacked")
         if not (folder / "unpacked" / FOLDER_NAME).is_dir():
             raise DataError(f"The archive at {url} does not hold the folder `{FOLDER_NAME}`.")

@@ -17,11 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from transferkit._checks import check_path
+from transferkit._downloads import fetch
 from transferkit.errors import WeightsError
 from transferkit.models.spec import BackboneSpec
 
-CONNECT_TIMEOUT_S = 5.0
-READ_TIMEOUT_S = 60.0
 MAX_NAMED_KEYS = 3
 
 _HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,})\.[^.]+$")
@@ -53,17 +52,9 @@ def fetch_weights(url: str, *, backbone: str) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            download = pooch.retrieve(
-                url,
-                known_hash=None,
-                fname=path.name,
-                path=temporary,
-                downloader=pooch.HTTPDownloader(
-                    progressbar=True, timeout=(CONNECT_TIMEOUT_S, READ_TIMEOUT_S)
-                ),
-            )
-            _check_digest(Path(download), path.name, "The download was damaged; try again.")
-            Path(download).replace(path)
+            download = fetch(url, Path(temporary), path.name)
+            _check_digest(download, path.name, "The download was damaged; try again.")
+            download.replace(path)
     except WeightsError:
         raise
     except (OSError, ValueError) as error:
