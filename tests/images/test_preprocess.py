@@ -295,8 +295,9 @@ def test_missing_and_unknown_fields_are_an_error() -> None:
         Preprocess.from_dict(data)
     assert str(error.value) == (
         "A preprocess description should have the fields "
-        "['crop_size', 'interpolation', 'mean', 'resize_mode', 'resize_size', 'std'], found "
-        "['crop_size', 'interpolation', 'resize_mode', 'resize_size', 'scale', 'std']."
+        "['crop_size', 'decoder', 'interpolation', 'max_pixels', 'mean', 'resize_mode', "
+        "'resize_size', 'std'], found ['crop_size', 'decoder', 'interpolation', 'max_pixels', "
+        "'resize_mode', 'resize_size', 'scale', 'std']."
     )
 
 
@@ -306,3 +307,31 @@ def test_field_of_a_wrong_kind_is_an_error() -> None:
     assert str(error.value) == (
         "`mean` should be three numbers, one for each of red, green and blue, found 'dark'."
     )
+
+
+def test_description_without_a_decoder_is_of_pillow() -> None:
+    data = Preprocess().to_dict()
+    del data["decoder"], data["max_pixels"]
+    found = Preprocess.from_dict(data)
+    assert found == Preprocess(decoder="pillow")
+
+
+def test_decoding_follows_the_description(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[dict[str, Any]] = []
+
+    def record(source: Any, **options: Any) -> torch.Tensor:
+        calls.append(options)
+        return torch.zeros(3, 1, 1, dtype=torch.uint8)
+
+    monkeypatch.setattr("transferkit.images.preprocess.decode_image", record)
+    Preprocess(decoder="pillow", max_pixels=7).decode("ant.jpg")
+    assert calls == [{"decoder": "pillow", "max_pixels": 7}]
+
+
+def test_decoder_that_does_not_exist_is_an_error() -> None:
+    with pytest.raises(ConfigError) as error:
+        Preprocess(decoder="opencv")  # type: ignore[arg-type]
+    assert str(error.value) == ('`decoder` should be "torchvision" or "pillow", found \'opencv\'.')
+    with pytest.raises(ConfigError) as error:
+        Preprocess(max_pixels=0)
+    assert str(error.value) == "`max_pixels` should be an integer of at least 1, found 0."

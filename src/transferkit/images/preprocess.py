@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -15,7 +15,15 @@ from torchvision.transforms.v2 import functional as F
 from transferkit._checks import check_integer
 from transferkit.errors import ConfigError
 from transferkit.images.augment import Augmentation, make_augmentation
+from transferkit.images.decode import (
+    MAX_PIXELS,
+    Decoder,
+    ImageSource,
+    check_decoding,
+    decode_image,
+)
 from transferkit.images.geometry import trim_extreme
+from transferkit.images.seedable import is_seedable
 
 Transform: TypeAlias = "Callable[[Tensor], Tensor]"
 """A callable from pixels uint8 (3, H, W) to the network's input float32 (3, h, w)."""
@@ -42,6 +50,8 @@ class Preprocess:
         interpolation: Resampling, always antialiased.
         mean: Mean of each channel, RGB, for pixels in [0, 1].
         std: Standard deviation of each channel, RGB, for pixels in [0, 1].
+        decoder: What decodes plain JPEG files, see `decode_image`.
+        max_pixels: The most pixels of a picture that is decoded.
 
     Raises:
         ConfigError: A value cannot work.
@@ -61,6 +71,8 @@ mean (0.485, 0.456, 0.406), std (0.229, 0.224, 0.225)
     interpolation: Interpolation = "bilinear"
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    decoder: Decoder = "torchvision"
+    max_pixels: int = MAX_PIXELS
 
     def __post_init__(self) -> None:
         for name in ("crop_size", "resize_size"):
@@ -77,6 +89,21 @@ mean (0.485, 0.456, 0.406), std (0.229, 0.224, 0.225)
         object.__setattr__(self, "std", _check_channels("std", self.std))
         if min(self.std) <= 0:
             raise ConfigError(f"`std` should be above 0 in every channel, found {self.std}.")
+        object.__setattr__(self, "max_pixels", check_decoding(self.decoder, self.max_pixels))
+
+    def decode(self, source: ImageSource) -> Tensor:
+        """Read one picture as upright RGB pixels, with this description's decoder and limit.
+
+        Args:
+            source: What `decode_image` takes.
+
+        Returns:
+            uint8 `(3, H, W)`.
+
+        Raises:
+            ImageError: It cannot be read as a picture.
+        """
+        return decode_image(source, decoder=self.decoder, max_pixels=self.max_pixels)
 
     def eval(self) -> Transform:
         """Build the deterministic transform for validation and prediction.
@@ -145,9 +172,13 @@ mean (0.485, 0.456, 0.406), std (0.229, 0.224, 0.225)
     def from_dict(cls, data: Mapping[str, Any]) -> Preprocess:
         """Build the description from what `to_dict` returned.
 
+        The decoder may be missing: it was Pillow before there was a choice.
+
         Raises:
             ConfigError: A field is missing, unknown or has a value that cannot work.
         """
+        # Descriptions from before there was a choice were all of pictures that Pillow decoded.
+        data = {"decoder": "pillow", "max_pixels": MAX_PIXELS, **data}
         names = {field.name for field in fields(cls)}
         if set(data) != names:
             raise ConfigError(
@@ -175,8 +206,9 @@ class _EvalTransform:
     """Resize, crop and normalise; a class rather than a closure, so that workers can pickle it."""
 
     preprocess: Preprocess
+    seedable: ClassVar[bool] = True
 
-    def __call__(self, image: Tensor) -> Tensor:
+    def __call__(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
         spec = self.preprocess
         squash = spec.resize_mode == "squash"
         size = [spec.resize_size, spec.resize_size] if squash else [spec.resize_size]
@@ -193,8 +225,15 @@ class _TrainTransform:
     preprocess: Preprocess
     augmentation: Augmentation
 
-    def __call__(self, image: Tensor) -> Tensor:
-        image = self.augmentation(image)
+    @property
+    def seedable(self) -> bool:
+        return is_seedable(self.augmentation)
+
+    def __call__(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        if generator is None:
+            image = self.augmentation(image)
+        else:
+            image = self.augmentation(image, generator=generator)  # type: ignore[call-arg]
         size = self.preprocess.crop_size
         if image.dtype != torch.uint8 or image.shape != (3, size, size):
             raise ConfigError(
