@@ -307,10 +307,7 @@ def test_limit_is_the_callers(decoder: Decoder) -> None:
 
 
 ZEROS = zlib.compress(bytes(2**28), 9)
-TEXT_BEYOND_PILLOW = (
-    "it has more pixels than `PIL.Image.MAX_IMAGE_PIXELS` allows, %d. Raise that if you trust it."
-)
-BOMBS = {
+TEXT_BOMBS = {
     "profile": chunk(b"iCCP", b"icc\0\0" + ZEROS),
     "text": chunk(b"zTXt", b"Comment\0\0" + ZEROS) * 4,
     "international text": chunk(b"iTXt", b"Comment\0\1\0\0\0" + ZEROS) * 4,
