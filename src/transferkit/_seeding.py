@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from numbers import Integral
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from transferkit.errors import ConfigError
@@ -44,7 +45,7 @@ def seeded(*entropy: int) -> Iterator[None]:
         >>> bool(first == second)
         True
     """
-    words = np.random.SeedSequence(entropy).generate_state(3)
+    words = _words(entropy)
     python_state, numpy_state = random.getstate(), np.random.get_state()
     torch_state = torch.get_rng_state()
     try:
@@ -56,6 +57,29 @@ def seeded(*entropy: int) -> Iterator[None]:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
         torch.set_rng_state(torch_state)
+
+
+def generator_for(*entropy: int) -> torch.Generator:
+    """Return a CPU generator of PyTorch's, seeded from `entropy`.
+
+    It draws what PyTorch's global generator draws within `seeded(*entropy)`, and may be used
+    in a thread beside others.
+
+    Args:
+        *entropy: Non-negative integers, such as (seed, epoch, index).
+
+    Example:
+        >>> with seeded(0, 1, 2):
+        ...     expected = torch.rand(1)
+        >>> bool(torch.rand(1, generator=generator_for(0, 1, 2)) == expected)
+        True
+    """
+    return torch.Generator().manual_seed(int(_words(entropy)[2]))
+
+
+def _words(entropy: tuple[int, ...]) -> npt.NDArray[np.uint32]:
+    """Return a seed each for Python, NumPy and PyTorch."""
+    return np.random.SeedSequence(entropy).generate_state(3)
 
 
 @contextmanager

@@ -8,7 +8,9 @@ This room may import `images` and what lies below.
 from transferkit.data import ants_bees
 from transferkit.data.dataset import ImageDataset, ImageSplits, SkippedFile
 from transferkit.data.folders import load_folders
-from transferkit.data.loader import Batch, ImageLoader
+from transferkit.data.loader import ImageLoader
+from transferkit.data.reading import Batch
+from transferkit.data.sampling import class_weights
 
 __all__ = [
     "Batch",
@@ -17,5 +19,6 @@ __all__ = [
     "ImageSplits",
     "SkippedFile",
     "ants_bees",
+    "class_weights",
     "load_folders",
 ]

@@ -100,6 +100,10 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
             skipped=self.skipped,
         )
 
+    def name_of(self, index: int) -> str:
+        """Return the path of a picture, for a message."""
+        return str(self.paths[index])
+
     @property
     def class_counts(self) -> dict[str, int]:
         """Number of pictures of each class, in the order of `class_names`."""

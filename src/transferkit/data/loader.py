@@ -2,66 +2,54 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Literal, TypeAlias
 
-import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
-
-from transferkit._checks import check_integer
-from transferkit._seeding import check_seed, seeded
-from transferkit.data.dataset import ImageDataset
-from transferkit.errors import ConfigError, TransferkitError
-from transferkit.images import Transform
+from transferkit._checks import check_integer, check_number, check_type
+from transferkit._seeding import check_seed
+from transferkit.data.cache import LocalCache, PixelCache, SharedCache
+from transferkit.data.dataset import ImageDataset, SkippedFile
+from transferkit.data.reading import Batch, Loaded, Reader
+from transferkit.data.sampling import EpochSampler
+from transferkit.data.workers import NoWorkers, ProcessWorkers, ThreadWorkers, Workers
+from transferkit.errors import ConfigError, DataError, ImageError
+from transferkit.images import Transform, is_seedable
 
 MAX_AUTO_WORKERS = 4
+DEFAULT_MAX_SKIPPED = 0.05
 
-
-class Batch(NamedTuple):
-    """Some pictures, ready for the network.
-
-    Args:
-        images: float32 `(N, 3, H, W)`, normalised.
-        targets: int64 `(N,)`, class indices.
-        indices: int64 `(N,)`, the pictures' places in their data set.
-    """
-
-    images: Tensor
-    targets: Tensor
-    indices: Tensor
-
-    def to(
-        self,
-        device: torch.device,
-        *,
-        memory_format: torch.memory_format = torch.preserve_format,
-    ) -> Batch:
-        """Return the batch with images and targets on `device`; the indices stay."""
-        return Batch(
-            self.images.to(device, non_blocking=True, memory_format=memory_format),
-            self.targets.to(device, non_blocking=True),
-            self.indices,
-        )
+WorkerType: TypeAlias = Literal["auto", "thread", "process", "fork", "spawn", "forkserver"]
+OnError: TypeAlias = Literal["raise", "skip"]
 
 
 class ImageLoader:
     """Turn a data set into batches, one pass at a time.
 
-    Order and augmentation are pure functions of (seed, epoch, index): the batches do not
-    depend on the number of workers, nor on what was loaded before. Worker processes start
-    at the first pass and stay for the next ones until `close()`.
+    Order and augmentation are pure functions of (seed, epoch, index): the batches are the
+    same to the bit for any number and any type of workers, and do not depend on what was
+    loaded before. Workers start at the first pass and stay for the next ones until `close()`.
 
     Args:
         dataset: The pictures. Its own `transform` is not applied; `transform` is.
-        transform: From uint8 `(3, H, W)` to float32 `(3, h, w)`.
+        transform: From uint8 `(C, H, W)` to float32 `(C, h, w)`.
         batch_size: Pictures in a batch, at least 1; the last batch may be smaller.
         shuffle: Draw a new order each epoch.
+        balanced: Draw each class equally often, N pictures in all; needs `shuffle`.
         seed: Rules order and augmentation.
-        num_workers: Processes that decode and transform; 0 does it in this process,
-            "auto" takes one for each CPU core up to 4, and 0 where there is little to load.
+        num_workers: Threads or processes that decode and transform; 0 does it in the
+            calling thread, "auto" takes one for each CPU core up to 4, and 0 where there is
+            little to load.
+        worker_type: "thread"; "process" started as Python does by default; or processes
+            started by "fork", "spawn" or "forkserver". "auto" takes threads where the
+            transform may run in them (`transferkit.images.is_seedable`), else processes.
+            Other transforms run one at a time under "thread".
+        cache_bytes: Keep decoded pictures in memory up to so many bytes, for the passes
+            after the first. The pixels are the same.
+        on_error: "raise" ends a pass at a picture that cannot be read; "skip" leaves it
+            out of its batch and lists it in `skipped`. It is never replaced by another.
+        max_skipped: The share of pictures, in [0, 1], beyond which skipping is an error.
         pin_memory: Put batches into page-locked memory, for a faster copy to a GPU.
 
     Raises:
@@ -85,144 +73,176 @@ class ImageLoader:
         *,
         batch_size: int = 32,
         shuffle: bool = False,
+        balanced: bool = False,
         seed: int = 0,
         num_workers: int | Literal["auto"] = 0,
+        worker_type: WorkerType = "auto",
+        cache_bytes: int = 0,
+        on_error: OnError = "raise",
+        max_skipped: float = DEFAULT_MAX_SKIPPED,
         pin_memory: bool = False,
     ) -> None:
+        check_type("dataset", dataset, ImageDataset, "an ImageDataset")
         batch_size = check_integer("batch_size", batch_size, minimum=1)
+        if balanced and not shuffle:
+            raise ConfigError("`balanced=True` draws the pictures, so it needs `shuffle=True`.")
         self.dataset = dataset
+        self.transform: Transform = transform
         self.num_workers: int = resolve_num_workers(num_workers, num_images=len(dataset))
-        self._sampler = _EpochSampler(len(dataset), batch_size, shuffle, check_seed(seed))
-        self._view = _SeededView(dataset.with_transform(None), transform, seed)
+        self.worker_type: str = resolve_worker_type(worker_type, transform)
+        self.cache_bytes: int = check_integer("cache_bytes", cache_bytes, minimum=0)
+        self.on_error: OnError = check_on_error(on_error)
+        self.max_skipped: float = check_share("max_skipped", max_skipped)
+        self._failures: dict[int, str] = {}
         self._pin_memory = pin_memory
-        self._loader: DataLoader[Any] | None = None
-        self._iterator: Any = None
-        self._is_running = False
+        self._sampler = EpochSampler(
+            dataset.targets,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            balanced=balanced,
+            seed=check_seed(seed),
+        )
+        self._cache: PixelCache | None = None
+        self._workers: Workers | None = None
+        self._pass: object = None
 
     def __len__(self) -> int:
         """Return the number of batches in a pass."""
         return len(self._sampler)
 
-    def batches(self, *, epoch: int = 0) -> Iterator[Batch]:
+    @property
+    def skipped(self) -> tuple[SkippedFile, ...]:
+        """The pictures that `on_error="skip"` left out so far, in the data set's order."""
+        return tuple(
+            SkippedFile(self.dataset.name_of(index), self._failures[index])
+            for index in sorted(self._failures)
+        )
+
+    def batches(self, *, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
         """Iterate over one pass.
 
         Args:
             epoch: Which pass it is, from 0; rules order and augmentation with the seed.
+            start: The number of the batch to begin with, from 0, for going on in the middle
+                of an epoch. The batches before it are not loaded.
 
-        Yields:
-            The batches.
+        Returns:
+            An iterator over the batches. A batch without any readable picture is left out.
 
         Raises:
-            ConfigError: The epoch is negative, or workers are busy with an unfinished pass.
+            ConfigError: The epoch or the start is out of range, or worker processes are
+                busy with an unfinished pass.
             ImageError: A picture cannot be read; the message names its path.
+            DataError: More pictures were skipped than `max_skipped` allows.
         """
-        check_integer("epoch", epoch, minimum=0)
-        if self._is_running and self.num_workers:
+        epoch = check_integer("epoch", epoch, minimum=0)
+        start = check_integer("start", start, minimum=0)
+        if start > len(self):
             raise ConfigError(
-                "A pass over this loader is not over yet, and its workers serve one at a time. "
-                "Finish it, or make a loader for each."
+                f"`start` should be at most {len(self)}, the number of batches, found {start}."
             )
-        self._is_running = True
+        self._check_idle()
+        return self._batches(epoch, start)
+
+    def _check_idle(self) -> None:
+        if self._pass is not None and self._has_processes:
+            raise ConfigError(
+                "A pass over this loader is not over yet, and its worker processes serve one "
+                "at a time. Finish it, or make a loader for each."
+            )
+
+    @property
+    def _has_processes(self) -> bool:
+        return self.num_workers > 0 and self.worker_type != "thread"
+
+    def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
+        self._check_idle()
+        this = self._pass = object()
+        if self._workers is None:
+            self._workers = self._start_workers()
+        loaded = self._workers.run(epoch, start)
         try:
-            yield from self._pass(epoch)
+            for each in loaded:
+                batch = self._admit(each)
+                if batch is not None:
+                    yield batch
+                if self._pass is not this and self._has_processes:
+                    raise ConfigError("The loader was closed during this pass. Start a new one.")
         finally:
-            self._is_running = False
+            loaded.close()  # type: ignore[attr-defined]
+            if self._pass is this:
+                self._pass = None
 
-    def _pass(self, epoch: int) -> Iterator[Batch]:
-        self._sampler.epoch = epoch
-        self._loader = self._loader or self._start()
-        self._iterator = iter(self._loader)
-        for item in self._iterator:
-            if isinstance(item, TransferkitError):
-                raise item
-            yield item
+    def _admit(self, loaded: Loaded) -> Batch | None:
+        """Note what was skipped, or raise it."""
+        for failure in loaded.failures:
+            if self.on_error == "raise" or not isinstance(failure.error, ImageError):
+                raise failure.error
+            self._failures.setdefault(failure.item, str(failure.error))
+        if len(self._failures) > self.max_skipped * len(self.dataset):
+            raise self._too_many()
+        return loaded.batch
 
-    def close(self) -> None:
-        """End the worker processes; a later pass starts new ones."""
-        if self._iterator is not None and self.num_workers:
-            # A pass that was cut off may still be held by its caller, and its workers with it.
-            self._iterator._shutdown_workers()
-        self._iterator = self._loader = None
-        self._is_running = False
-
-    def _start(self) -> DataLoader[Any]:
-        return DataLoader(
-            self._view,
-            batch_sampler=self._sampler,
-            num_workers=self.num_workers,
-            collate_fn=_collate,
-            pin_memory=self._pin_memory,
-            persistent_workers=self.num_workers > 0,
-            # Its own, or starting a pass would draw from the caller's: once for each pass
-            # without workers, once in all with them, and dropout would depend on that.
-            generator=torch.Generator().manual_seed(self._sampler.seed),
+    def _too_many(self) -> DataError:
+        first = self._failures[min(self._failures)]
+        return DataError(
+            f"{len(self._failures)} of {len(self.dataset)} pictures cannot be read, more than "
+            f"the share of {self.max_skipped:g} that `max_skipped` allows. The first: {first}"
         )
 
+    def close(self) -> None:
+        """End the workers and forget kept pictures; a later pass starts anew."""
+        if self._workers is not None:
+            self._workers.close()
+        if self._cache is not None:
+            self._cache.close()
+        self._workers = self._cache = self._pass = None
 
-class _EpochSampler(Sampler[list[tuple[int, int]]]):
-    """Yield batches of (epoch, index): workers outlive an epoch, so the key must carry it."""
+    def _start_workers(self) -> Workers:
+        pin = self._pin_memory
+        if self.cache_bytes:
+            self._cache = self._make_cache()
+        reader = Reader(self.dataset, self.transform, seed=self._sampler.seed, cache=self._cache)
+        if not self.num_workers:
+            return NoWorkers(reader, self._sampler, pin_memory=pin)
+        count = self.num_workers
+        if self.worker_type == "thread":
+            return ThreadWorkers(reader, self._sampler, num_workers=count, pin_memory=pin)
+        return ProcessWorkers(
+            reader,
+            self._sampler,
+            num_workers=count,
+            start_method=_start_method(self.worker_type),
+            pin_memory=pin,
+        )
 
-    def __init__(self, num_images: int, batch_size: int, shuffle: bool, seed: int) -> None:
-        self.num_images, self.batch_size = num_images, batch_size
-        self.shuffle, self.seed = shuffle, seed
-        self.epoch = 0
-
-    def __len__(self) -> int:
-        return -(-self.num_images // self.batch_size)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = np.arange(self.num_images)
-        if self.shuffle:
-            order = np.random.default_rng((self.seed, self.epoch)).permutation(order)
-        epoch = self.epoch
-        for start in range(0, self.num_images, self.batch_size):
-            yield [(epoch, int(index)) for index in order[start : start + self.batch_size]]
-
-
-class _SeededView(Dataset[Any]):
-    """The pictures under a transform whose randomness (seed, epoch, index) rules."""
-
-    def __init__(self, dataset: ImageDataset, transform: Transform, seed: int) -> None:
-        self.dataset, self.transform, self.seed = dataset, transform, seed
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int] | TransferkitError:
-        epoch, index = key
-        try:
-            image, target = self.dataset[index]
-            with seeded(self.seed, epoch, index):
-                return self.transform(image), target, index
-        except TransferkitError as error:
-            # Returned rather than raised: a worker's exception reaches the main process
-            # as a traceback in a text, and the user wants the sentence alone.
-            return error
+    def _make_cache(self) -> PixelCache:
+        if not self._has_processes:
+            return LocalCache(self.cache_bytes)
+        context = multiprocessing.get_context(_start_method(self.worker_type))
+        return SharedCache(len(self.dataset), self.cache_bytes, context)
 
 
-def _collate(items: list[tuple[Tensor, int, int] | TransferkitError]) -> Batch | TransferkitError:
-    samples = []
-    for item in items:
-        if isinstance(item, TransferkitError):
-            return item
-        samples.append(item)
-    images, targets, indices = zip(*samples, strict=True)
-    return Batch(torch.stack(images), torch.tensor(targets), torch.tensor(indices))
+def _start_method(worker_type: str) -> str | None:
+    return None if worker_type == "process" else worker_type
 
 
 def resolve_num_workers(num_workers: int | str, *, num_images: int) -> int:
-    """Turn a choice of worker processes into a number.
+    """Turn a choice of workers into a number.
 
     Args:
         num_workers: A number of at least 0, or "auto".
         num_images: How many pictures a pass loads.
 
     Returns:
-        The number of worker processes.
+        The number of threads or processes.
 
     Raises:
         ConfigError: It is neither.
     """
     if num_workers == "auto":
         # A handful of pictures is loaded before the workers are even up.
-        return min(MAX_AUTO_WORKERS, _num_cores()) if num_images > 64 else 0
+        return min(MAX_AUTO_WORKERS, num_cores()) if num_images > 64 else 0
     try:
         return check_integer("num_workers", num_workers, minimum=0)
     except ConfigError:
@@ -231,7 +251,44 @@ def resolve_num_workers(num_workers: int | str, *, num_images: int) -> int:
         ) from None
 
 
-def _num_cores() -> int:
+def resolve_worker_type(worker_type: str, transform: Transform) -> str:
+    """Turn a choice of the workers' type into one that is not "auto".
+
+    Raises:
+        ConfigError: There is no such type on this system.
+    """
+    if worker_type == "auto":
+        return "thread" if is_seedable(transform) else "process"
+    known = ["auto", "thread", "process", *multiprocessing.get_all_start_methods()]
+    if worker_type not in known:
+        raise ConfigError(
+            f"`worker_type` should be one of {', '.join(map(repr, known))} on this system, "
+            f"found {worker_type!r}."
+        )
+    return worker_type
+
+
+def check_on_error(value: OnError) -> OnError:
+    """Return what to do about pictures that cannot be read.
+
+    Raises:
+        ConfigError: It is neither "raise" nor "skip".
+    """
+    if value not in ("raise", "skip"):
+        raise ConfigError(f'`on_error` should be "raise" or "skip", found {value!r}.')
+    return value
+
+
+def check_share(name: str, value: float) -> float:
+    """Return a share in [0, 1].
+
+    Raises:
+        ConfigError: It is something else.
+    """
+    return check_number(name, value, lambda share: 0 <= share <= 1, "in [0, 1]")
+
+
+def num_cores() -> int:
     """Return the number of cores this process may use, which may be fewer than there are."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
