@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -8,15 +10,18 @@ import pytest
 import torch
 from matplotlib.axes import Axes
 from PIL import Image
+from torchvision.transforms import v2
 
-from transferkit.data import ImageDataset, ImageLoader, ImageSplits
+from transferkit.data import Batch, ImageDataset, ImageLoader, ImageSplits
 from transferkit.errors import ConfigError, DataError
+from transferkit.images import Preprocess
 from transferkit.inference import ClassProbability, Prediction, Predictor
 from transferkit.models import BackboneSpec, Classifier, build_model
 from transferkit.plots import (
     image_grid,
     imshow,
     plot_history,
+    show_augmentations,
     show_batch,
     show_prediction,
     show_predictions,
@@ -77,9 +82,24 @@ def test_imshow_works_interactively_too() -> None:
 
 
 def test_imshow_checks_float_shapes() -> None:
-    message = "A float picture should be a tensor (3, H, W), found (4, 4, 3)."
+    message = (
+        "A float picture should be a tensor (3, H, W), or (1, H, W) for grey, found (4, 4, 3). "
+        "Of other channels choose one or three, and put them first."
+    )
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         imshow(torch.zeros(4, 4, 3))
+
+
+def test_one_channel_is_drawn_in_grey(tiny_spec: BackboneSpec) -> None:
+    preprocess = build_model(tiny_spec, 2, weights=None, num_channels=1).preprocess
+    pixels = torch.randint(0, 256, (1, 5, 4), dtype=torch.uint8)
+    expected = pixels.expand(3, -1, -1).permute(1, 2, 0).numpy() / 255
+    image = preprocess.normalize(pixels)
+    assert drawn(imshow(image, preprocess=preprocess)) == pytest.approx(expected, abs=1e-5)
+    assert drawn(imshow(pixels / 255)) == pytest.approx(expected)
+    batch = Batch(image[None], torch.tensor([1]), torch.tensor([0]))
+    (cell,) = show_batch(batch, class_names=["a", "b"], preprocess=preprocess)
+    assert drawn(cell) == pytest.approx(expected, abs=1e-5)
 
 
 def test_imshow_refuses_to_denormalise_pixels(model: Classifier) -> None:
@@ -119,6 +139,68 @@ def test_show_batch_has_the_class_names(model: Classifier, tiny_splits: ImageSpl
     )
     expected = [tiny_splits.class_names[target] for target in batch.targets[:4]]
     assert [ax.get_title() for ax in cells] == expected
+
+
+@pytest.mark.parametrize("augmentation", ["tutorial", "strong"])
+def test_show_augmentations_draws_what_a_training_sees(
+    model: Classifier, tiny_splits: ImageSplits, augmentation: str
+) -> None:
+    preprocess, path = model.preprocess, tiny_splits.train.paths[0]
+    cells = show_augmentations(
+        path, augmentation, preprocess=preprocess, num_images=3, num_columns=2, seed=5
+    )
+    assert [ax.get_title() for ax in cells] == ["original", "epoch 1", "epoch 2", "epoch 3"]
+    assert cells[2].get_subplotspec().colspan.start == 0
+    with Image.open(path) as image:
+        assert np.array_equal(drawn(cells[0]), np.asarray(image))
+    loader = ImageLoader(
+        tiny_splits.train, preprocess.train(augmentation), batch_size=1, shuffle=False, seed=5
+    )
+    for epoch, ax in enumerate(cells[1:], start=1):
+        expected = preprocess.denormalize(next(loader.batches(epoch=epoch)).images[0])
+        assert np.array_equal(drawn(ax), expected.permute(1, 2, 0).numpy())
+    assert not np.array_equal(drawn(cells[1]), drawn(cells[2]))
+
+
+def test_show_augmentations_stands_the_picture_upright(tmp_path: Path) -> None:
+    path = tmp_path / "lying.png"
+    exif = Image.Exif()
+    exif[0x0112] = 6  # Orientation: turn by 90 degrees.
+    Image.new("RGB", (40, 20)).save(path, exif=exif)
+    preprocess = Preprocess(crop_size=8, resize_size=8)
+    cells = show_augmentations(path, preprocess=preprocess, num_images=1)
+    assert [drawn(ax).shape for ax in cells] == [(40, 20, 3), (8, 8, 3)]
+
+
+def test_show_augmentations_of_a_grey_picture_and_an_own_transform() -> None:
+    preprocess = Preprocess(crop_size=8, resize_size=8, mean=(0.5,), std=(0.5,))
+    image = torch.randint(0, 256, (1, 8, 8), dtype=torch.uint8)
+    state = torch.get_rng_state()
+    cells = show_augmentations(
+        image, v2.RandomInvert(p=1.0), preprocess=preprocess, num_images=1, num_columns=1
+    )
+    assert torch.equal(torch.get_rng_state(), state)
+    expected = image.expand(3, -1, -1).permute(1, 2, 0).numpy()
+    assert np.array_equal(drawn(cells[0]), expected)
+    assert drawn(cells[1]) * 255 == pytest.approx(255 - expected, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"augmentation": 3}, "`augmentation` should be a preset's name or a callable, found 3."),
+        ({"num_images": 0}, "`num_images` should be an integer of at least 1, found 0."),
+        ({"seed": -1}, "`seed` should be an integer from 0 to 4294967295, found -1."),
+        (
+            {"preprocess": Preprocess(mean=(0.5, 0.5), std=(1, 1))},
+            "Pictures of 3 channels or 1 can be drawn, found a preprocessing of 2 channels.",
+        ),
+    ],
+)
+def test_show_augmentations_checks_its_arguments(options: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {"preprocess": Preprocess()} | options
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        show_augmentations(torch.zeros(3, 4, 4, dtype=torch.uint8), **arguments)
 
 
 @pytest.mark.parametrize("training", [True, False])

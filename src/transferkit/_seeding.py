@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from numbers import Integral
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -77,7 +78,7 @@ def generator_for(*entropy: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(_words(entropy)[2]))
 
 
-def _words(entropy: tuple[int, ...]) -> npt.NDArray[np.uint32]:
+def _words(entropy: tuple[int, ...]) -> npt.NDArray[np.unsignedinteger[Any]]:
     """Return a seed each for Python, NumPy and PyTorch."""
     return np.random.SeedSequence(entropy).generate_state(3)
 

@@ -16,9 +16,11 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from transferkit._checks import check_callable, check_integer
+from transferkit._seeding import check_seed, seeded
 from transferkit.data import Batch, ImageDataset
 from transferkit.errors import ConfigError, DataError
-from transferkit.images import ImageSource, Preprocess, decode_image
+from transferkit.images import Augmentation, ImageSource, Preprocess, decode_image
 from transferkit.inference import Prediction, Predictor
 from transferkit.models import Classifier
 from transferkit.training import History
@@ -27,6 +29,7 @@ __all__ = [
     "image_grid",
     "imshow",
     "plot_history",
+    "show_augmentations",
     "show_batch",
     "show_prediction",
     "show_predictions",
@@ -49,8 +52,8 @@ def imshow(
 
     Args:
         image: Path, bytes, PIL image, array uint8 `(H, W, 3)`, tensor uint8 `(3, H, W)`, or
-            a float tensor `(3, H, W)`: normalised where `preprocess` is given, otherwise
-            in [0, 1]. Floats are clipped to [0, 1].
+            a float tensor `(3, H, W)`, or `(1, H, W)` for grey: normalised where
+            `preprocess` is given, otherwise in [0, 1]. Floats are clipped to [0, 1].
         title: Text above it.
         preprocess: Undoes its normalisation.
         ax: Where to draw; None makes a new figure.
@@ -82,14 +85,14 @@ def imshow(
 def _to_pixels(image: ImageSource, preprocess: Preprocess | None) -> Tensor:
     """Return what matplotlib draws: uint8, or float in [0, 1], `(3, H, W)` on the CPU."""
     if isinstance(image, Tensor) and image.is_floating_point():
-        if image.dim() != 3 or image.shape[0] != 3:
+        if image.dim() != 3 or image.shape[0] not in (1, 3):
             raise ConfigError(
-                f"A float picture should be a tensor (3, H, W), found {tuple(image.shape)}."
+                f"A float picture should be a tensor (3, H, W), or (1, H, W) for grey, found "
+                f"{tuple(image.shape)}. Of other channels choose one or three, and put them first."
             )
         image = image.detach()
-        return (
-            image.float().clamp(0, 1) if preprocess is None else preprocess.denormalize(image)
-        ).cpu()
+        image = image.float().clamp(0, 1) if preprocess is None else preprocess.denormalize(image)
+        return image.expand(3, -1, -1).cpu()
     if preprocess is not None:
         raise ConfigError(
             "`preprocess` undoes the normalisation of a float tensor; this picture is not "
@@ -169,6 +172,65 @@ def show_batch(
     )
 
 
+def show_augmentations(
+    image: ImageSource,
+    augmentation: str | Augmentation = "tutorial",
+    *,
+    preprocess: Preprocess,
+    num_images: int = 8,
+    num_columns: int = 3,
+    seed: int = 0,
+) -> AxesArray:
+    """Draw one picture, and views of it under an augmentation.
+
+    The views are what the network sees of the first picture of a data set in the first
+    epochs of a training with this seed.
+
+    Args:
+        image: What `Preprocess.decode` takes, of 3 channels or 1.
+        augmentation: A preset's name (`transferkit.images.list_augmentations()`), or any
+            callable from uint8 `(C, H, W)` to uint8 `(C, crop_size, crop_size)`.
+        preprocess: Decodes the picture and says the size of the views.
+        num_images: Number of views, at least 1.
+        num_columns: Columns of the grid, at least 1.
+        seed: Rules the views. The caller's random state is left alone.
+
+    Returns:
+        The Axes: the upright picture, then the views.
+
+    Raises:
+        UnknownNameError: No preset has this name.
+        ConfigError: Another value cannot work.
+        ImageError: It cannot be read as a picture.
+
+    Example:
+        >>> import torch
+        >>> image = torch.zeros(3, 30, 40, dtype=torch.uint8)
+        >>> axes = show_augmentations(image, preprocess=Preprocess(), num_images=2)
+        >>> [ax.get_title() for ax in axes]
+        ['original', 'epoch 1', 'epoch 2']
+    """
+    if not isinstance(augmentation, str):
+        check_callable("augmentation", augmentation, "a preset's name or a callable")
+    num_images = check_integer("num_images", num_images, minimum=1)
+    seed = check_seed(seed)
+    if preprocess.num_channels not in (1, 3):
+        raise ConfigError(
+            f"Pictures of 3 channels or 1 can be drawn, found a preprocessing of "
+            f"{preprocess.num_channels} channels."
+        )
+    # The loader's layout in memory, so that the views are the loader's to the bit.
+    pixels = preprocess.decode(image).permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    view = preprocess.train(augmentation)
+    pictures = [pixels.expand(3, -1, -1)]
+    epochs = range(1, num_images + 1)  # A training counts them from 1.
+    for epoch in epochs:
+        with seeded(seed, epoch, 0):
+            pictures.append(preprocess.denormalize(view(pixels)))
+    titles = ["original", *(f"epoch {epoch}" for epoch in epochs)]
+    return image_grid(pictures, titles=titles, num_columns=num_columns)
+
+
 def show_predictions(
     model: Classifier | Predictor,
     dataset: ImageDataset,
@@ -203,9 +265,9 @@ def show_predictions(
         model = Predictor(model, class_names=dataset.class_names, device=device)
     rng = np.random.default_rng(seed)
     chosen = rng.choice(len(dataset), size=min(num_images, len(dataset)), replace=False)
-    paths = [dataset.paths[index] for index in chosen]
-    predictions = list(model.predict_many(paths))
-    cells = image_grid(paths, num_columns=num_columns)
+    pictures = [dataset.images[index] for index in chosen.tolist()]
+    predictions = list(model.predict_many(pictures))
+    cells = image_grid(pictures, num_columns=num_columns)
     for ax, index, prediction in zip(cells, chosen, predictions, strict=True):
         truth = dataset.class_names[dataset.targets[index]]
         right = prediction.label == truth

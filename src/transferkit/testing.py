@@ -45,7 +45,8 @@ def check_backbone(spec: BackboneSpec, *, image_size: int | None = None) -> None
         >>> check_backbone(get_backbone("squeezenet1_1"), image_size=64)
     """
     size = image_size or spec.preprocess.crop_size
-    images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    channels = spec.preprocess.num_channels
+    images = torch.rand(2, channels, size, size, generator=torch.Generator().manual_seed(0))
     model = build_model(spec, 3, weights=None)
     _check_shapes(spec, model, images)
     _check_gradients(spec, model, images)

@@ -369,3 +369,50 @@ def test_no_self_test_inside(saved: Path, tiny_spec: BackboneSpec) -> None:
     message = f"The artifact `{saved}` has no self-test. Save it anew."
     with pytest.raises(ArtifactError, match=f"^{re.escape(message)}$"):
         load_artifact(saved, backbone=tiny_spec)
+
+
+@pytest.mark.parametrize("num_channels", [1, 3, 5])
+def test_other_numbers_of_channels_round_trip(
+    num_channels: int, tiny_spec: BackboneSpec, tmp_path: Path
+) -> None:
+    model = build_model(
+        tiny_spec, 2, weights=None, freeze="backbone.layer1.*", num_channels=num_channels
+    )
+    path = save_artifact(tmp_path / "m.safetensors", model, class_names=NAMES)
+    tensors = safetensors.torch.load_file(path)
+    assert tensors["self_test.images"].shape == (2, num_channels, 48, 40)
+    loaded = load_artifact(path, backbone=tiny_spec)
+    assert loaded.preprocess == model.preprocess
+    assert loaded.preprocess.num_channels == num_channels
+    assert loaded.model.freeze_plan == model.freeze_plan
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.model.state_dict()[name], value)
+
+
+def test_backbone_that_cannot_be_adapted_on_loading(
+    tiny_spec: BackboneSpec, tmp_path: Path
+) -> None:
+    model = build_model(tiny_spec, 2, weights=None, num_channels=1)
+    path = save_artifact(tmp_path / "m.safetensors", model, class_names=NAMES)
+    other = BackboneSpec(
+        name="tiny", build=nn.Flatten, num_features=16, preprocess=tiny_spec.preprocess
+    )
+    message = (
+        f"Cannot build the model of the artifact `{path}`: Backbone `tiny` cannot be adapted to "
+        f"1 channel: it has no 2-D convolution that reads the images. Take another one, such as "
+        f"`resnet18`, or leave `num_channels` out: grey pictures are then read as RGB."
+    )
+    with pytest.raises(ArtifactError, match=f"^{re.escape(message)}$"):
+        load_artifact(path, backbone=other)
+
+
+def test_own_network_of_another_number_of_channels(tiny_spec: BackboneSpec, tmp_path: Path) -> None:
+    model = build_model(tiny_spec, 2, weights=None, num_channels=1)
+    path = save_artifact(tmp_path / "m.safetensors", model, class_names=NAMES)
+    network, _ = tiny_spec.build_features()
+    message = (
+        f"Cannot build the model of the artifact `{path}`: `backbone.conv1.weight` is "
+        f"torch.float32 (8, 1, 3, 3), expected torch.float32 (8, 3, 3, 3)."
+    )
+    with pytest.raises(ArtifactError, match=f"^{re.escape(message)}$"):
+        load_artifact(path, backbone=network)

@@ -16,7 +16,7 @@ from torchvision import transforms
 from torchvision.transforms.functional import to_pil_image
 
 from transferkit.errors import ConfigError, UnknownNameError
-from transferkit.images import Preprocess
+from transferkit.images import Preprocess, list_augmentations
 
 CHANNEL = st.floats(0, 1, allow_nan=False)
 SPREAD = st.floats(1e-3, 2, allow_nan=False)
@@ -186,7 +186,7 @@ def test_unknown_preset_is_an_error() -> None:
         Preprocess().train("tutorials")
     assert str(error.value) == (
         "Unknown augmentation `tutorials`. Did you mean `tutorial`? "
-        "`transferkit.images.list_augmentations()` names all 2."
+        f"`transferkit.images.list_augmentations()` names all {len(list_augmentations())}."
     )
 
 
@@ -262,12 +262,13 @@ def test_unknown_interpolation_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("name", ["mean", "std"])
-@pytest.mark.parametrize("value", [(0.5, 0.5), 0.5, (0.5, 0.5, "x"), None, (1, 1, 1, 1)])
+@pytest.mark.parametrize("value", [(), 0.5, (0.5, 0.5, "x"), None])
 def test_channels_that_cannot_work_are_an_error(name: str, value: Any) -> None:
     with pytest.raises(ConfigError) as error:
         Preprocess(**{name: value})
     assert str(error.value) == (
-        f"`{name}` should be three numbers, one for each of red, green and blue, found {value!r}."
+        f"`{name}` should be finite numbers, one for each channel (three for red, green and "
+        f"blue), found {value!r}."
     )
 
 
@@ -283,8 +284,66 @@ def test_standard_deviation_of_zero_or_less_is_an_error(value: float) -> None:
 @pytest.mark.parametrize("name", ["mean", "std"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_channels_that_are_not_finite_are_an_error(name: str, value: float) -> None:
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError) as error:
         Preprocess(**{name: (0.5, value, 0.5)})  # type: ignore[arg-type]
+    assert str(error.value) == (
+        f"`{name}` should be finite numbers, one for each channel (three for red, green and "
+        f"blue), found (0.5, {value}, 0.5)."
+    )
+
+
+def test_mean_and_std_of_different_length_are_an_error() -> None:
+    with pytest.raises(ConfigError) as error:
+        Preprocess(mean=(0.5,))
+    assert str(error.value) == (
+        "`mean` and `std` should have one number for each channel, found 1 and 3: (0.5,) and "
+        "(0.229, 0.224, 0.225)."
+    )
+
+
+# Other numbers of channels
+
+
+@pytest.mark.parametrize("num_channels", [1, 2, 4, 7])
+def test_all_numbers_of_channels_work(num_channels: int) -> None:
+    mean, std = (0.4,) * num_channels, tuple(0.1 + i / 10 for i in range(num_channels))
+    preprocess = Preprocess(crop_size=12, resize_size=16, mean=mean, std=std)
+    assert preprocess.num_channels == num_channels
+    assert Preprocess.from_dict(json.loads(json.dumps(preprocess.to_dict()))) == preprocess
+    assert f"mean {mean}, " in preprocess.describe()
+    generator = torch.Generator().manual_seed(0)
+    shape = (num_channels, 20, 30)
+    pixels = preprocess.decode(torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator))
+    for transform in (preprocess.eval(), preprocess.train(), preprocess.train("none")):
+        assert transform(pixels).shape == (num_channels, 12, 12)
+    shown = preprocess.denormalize(preprocess.normalize(pixels))
+    assert torch.equal((shown * 255).round().to(torch.uint8), pixels)
+    first = Preprocess(crop_size=12, resize_size=16, mean=mean[:1], std=std[:1])
+    assert torch.equal(preprocess.eval()(pixels)[:1], first.eval()(pixels[:1]))
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 3, 8, 8), (8, 8)])
+def test_images_of_another_number_of_channels_are_an_error(shape: tuple[int, ...]) -> None:
+    preprocess = Preprocess(crop_size=8, resize_size=8, mean=(0.5,), std=(0.5,))
+    images = torch.zeros(shape, dtype=torch.uint8)
+    for act in (preprocess.normalize, preprocess.denormalize):
+        with pytest.raises(ConfigError) as error:
+            act(images)
+        assert str(error.value) == (
+            f"Images of this preprocessing should have the shape (..., 1, H, W), found {shape}. "
+            f"`Preprocess.decode` reads pictures so."
+        )
+
+
+def test_augmentation_keeps_the_number_of_channels() -> None:
+    preprocess = Preprocess(crop_size=8, resize_size=8, mean=(0.5,), std=(0.5,))
+    transform = preprocess.train(lambda image: image.expand(3, -1, -1))
+    with pytest.raises(ConfigError) as error:
+        transform(torch.zeros(1, 8, 8, dtype=torch.uint8))
+    assert str(error.value) == (
+        "An augmentation should return uint8 (1, 8, 8), found uint8 (3, 8, 8). "
+        "Normalisation is done after it."
+    )
 
 
 def test_missing_and_unknown_fields_are_an_error() -> None:
@@ -305,7 +364,8 @@ def test_field_of_a_wrong_kind_is_an_error() -> None:
     with pytest.raises(ConfigError) as error:
         Preprocess.from_dict(Preprocess().to_dict() | {"mean": "dark"})
     assert str(error.value) == (
-        "`mean` should be three numbers, one for each of red, green and blue, found 'dark'."
+        "`mean` should be finite numbers, one for each channel (three for red, green and "
+        "blue), found 'dark'."
     )
 
 
@@ -323,7 +383,7 @@ def test_decoding_follows_the_description(monkeypatch: pytest.MonkeyPatch) -> No
         calls.append(options)
         return torch.zeros(3, 1, 1, dtype=torch.uint8)
 
-    monkeypatch.setattr("transferkit.images.preprocess.decode_image", record)
+    monkeypatch.setattr("transferkit.images.channels.decode_image", record)
     Preprocess(decoder="pillow", max_pixels=7).decode("ant.jpg")
     assert calls == [{"decoder": "pillow", "max_pixels": 7}]
 

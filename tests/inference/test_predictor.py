@@ -48,6 +48,33 @@ def test_fit_save_load_predict(
     assert predictions[0].probability == pytest.approx(before.probability, abs=1e-5)
 
 
+def test_grey_pictures_from_training_to_prediction(
+    tiny_spec: BackboneSpec, tiny_splits: ImageSplits, tmp_path: Path
+) -> None:
+    model = build_model(tiny_spec, 2, weights=None, num_channels=1)
+    trainer = Trainer(model, tiny_splits, lr=0.05, verbose=False, device="cpu")
+    accuracy = trainer.fit(3).best.val_accuracy
+    assert trainer.evaluate("val").accuracy == accuracy
+    path = trainer.save(tmp_path / "m.safetensors")
+    loaded = Predictor.load(path, backbone=tiny_spec, device="cpu")
+    predictions = list(loaded.predict_many(tiny_splits.val.paths))
+    truth = [tiny_splits.class_names[target] for target in tiny_splits.val.targets]
+    hits = [each.label == name for each, name in zip(predictions, truth, strict=True)]
+    assert np.mean(hits) == accuracy
+    with Image.open(tiny_splits.val.paths[0]) as image:
+        grey = image.convert("L")
+    grey.save(tmp_path / "grey.png")
+    for source in (tmp_path / "grey.png", grey, np.asarray(grey)):
+        found = loaded.predict(source).probability
+        assert found == pytest.approx(predictions[0].probability, abs=1e-6)
+
+
+def test_multispectral_arrays_are_predicted(tiny_spec: BackboneSpec) -> None:
+    model = build_model(tiny_spec, 2, weights=None, num_channels=5)
+    predictor = Predictor(model, class_names=NAMES, device="cpu")
+    assert predictor.predict(np.zeros((40, 50, 5), np.uint8)).label in NAMES
+
+
 def test_probabilities_are_the_softmax_of_the_logits(
     predictor: Predictor, tiny_splits: ImageSplits
 ) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from transferkit.errors import ConfigError, FreezeError, WeightsError
+from transferkit.errors import BackboneError, ConfigError, FreezeError, WeightsError
 from transferkit.images import Preprocess
 from transferkit.models import BackboneSpec, FreezePlan, build_model, register_backbone
 from transferkit.models.registry import _BACKBONES
@@ -154,3 +154,96 @@ def test_other_arguments_are_checked(tiny_spec: BackboneSpec) -> None:
         build_model(tiny_spec, 2, weights=None, seed=-1)
     with pytest.raises(FreezeError, match=r"^`bn` should be "):
         build_model(tiny_spec, 2, weights=None, freeze="backbone", bn="x")  # type: ignore[arg-type]
+
+
+GREY = Preprocess(crop_size=32, resize_size=32, mean=(0.4,), std=(0.3,))
+
+
+def test_number_of_channels_adapts_network_and_preprocess(tiny_spec: BackboneSpec) -> None:
+    model = build_model(tiny_spec, 2, weights=None, num_channels=1)
+    assert model.preprocess.mean == pytest.approx((0.449,))
+    assert model(torch.rand(2, 1, 32, 32)).shape == (2, 2)
+    same = build_model(tiny_spec, 2, weights=None, num_channels=3)
+    assert same.preprocess is tiny_spec.preprocess
+    assert same(torch.rand(2, 3, 32, 32)).shape == (2, 2)
+
+
+@pytest.mark.parametrize("num_channels", [None, 1, np.int64(1)])
+def test_preprocess_may_say_the_number_of_channels(
+    tiny_spec: BackboneSpec, num_channels: Any
+) -> None:
+    model = build_model(tiny_spec, 2, weights=None, preprocess=GREY, num_channels=num_channels)
+    assert model.preprocess is GREY
+    assert model(torch.rand(2, 1, 32, 32)).shape == (2, 2)
+
+
+def test_loaded_weights_are_adapted(tiny_spec: BackboneSpec, tmp_path: Path) -> None:
+    state = tiny_spec.build().state_dict()
+    torch.save(state, tmp_path / "rgb.pth")
+    model = build_model(tiny_spec, 2, weights=tmp_path / "rgb.pth", num_channels=1)
+    expected = state["conv1.weight"].sum(dim=1, keepdim=True)
+    assert torch.equal(model.backbone.get_parameter("conv1.weight"), expected)
+    assert torch.equal(model.backbone.get_parameter("layer1.0.weight"), state["layer1.0.weight"])
+
+
+def test_adapting_leaves_the_callers_random_state_alone(tiny_spec: BackboneSpec) -> None:
+    class Drawing(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return images + torch.rand(1)
+
+    spec = BackboneSpec(
+        name="drawing",
+        build=lambda: nn.Sequential(tiny_spec.build(), Drawing()),
+        num_features=10,
+        preprocess=tiny_spec.preprocess,
+    )
+    state = torch.get_rng_state()
+    build_model(spec, 2, weights=None, num_channels=1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_spec_may_have_other_channels_of_its_own() -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(1, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+    spec = BackboneSpec(name="grey", build=build, num_features=6, preprocess=GREY)
+    assert build_model(spec, 2, weights=None)(torch.rand(2, 1, 32, 32)).shape == (2, 2)
+    model = build_model(spec, 2, weights=None, num_channels=3)
+    assert model.preprocess.mean == (0.4, 0.4, 0.4)
+    assert model(torch.rand(2, 3, 32, 32)).shape == (2, 2)
+
+
+def test_own_network_says_its_channels_by_preprocess() -> None:
+    network = nn.Sequential(nn.Conv2d(1, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    before = network.get_parameter("0.weight").clone()
+    for number in (None, 1):
+        model = build_model(network, 2, num_features=6, preprocess=GREY, num_channels=number)
+        assert model.preprocess is GREY
+        assert torch.equal(network.get_parameter("0.weight"), before)
+        assert model(torch.rand(2, 1, 32, 32)).shape == (2, 2)
+    with pytest.raises(BackboneError) as error:
+        build_model(network, 2, num_features=6, num_channels=1)
+    assert str(error.value) == (
+        "A network of your own is taken as it is and not adapted to `num_channels=1`. Where it "
+        "reads so many, say so by `preprocess=`, with the mean and std of each channel."
+    )
+
+
+def test_numbers_of_channels_that_differ_are_an_error(tiny_spec: BackboneSpec) -> None:
+    with pytest.raises(ConfigError) as error:
+        build_model(tiny_spec, 2, weights=None, preprocess=GREY, num_channels=3)
+    assert str(error.value) == (
+        "`num_channels` is 3, `preprocess` has the mean and std of 1. Make them agree, or leave "
+        "one of them out."
+    )
+
+
+@pytest.mark.parametrize("number", [0, -1, True, 1.0, "1"])
+def test_number_of_channels_that_cannot_work_is_an_error(
+    tiny_spec: BackboneSpec, number: Any
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        build_model(tiny_spec, 2, weights=None, num_channels=number)
+    assert str(error.value) == (
+        f"`num_channels` should be an integer of at least 1, found {number!r}."
+    )

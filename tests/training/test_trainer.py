@@ -642,3 +642,19 @@ def test_schedule_error_names_the_factory() -> None:
 
 def broken(optimizer: torch.optim.Optimizer, *, num_epochs: int, steps_per_epoch: int) -> Schedule:
     raise ValueError("no")
+
+
+def test_pictures_are_read_as_the_model_wants_unless_the_user_reads_them(
+    make: Make, tiny_splits: ImageSplits
+) -> None:
+    calls: list[object] = []
+
+    def decode(source: Any) -> torch.Tensor:
+        calls.append(source)
+        return torch.zeros(3, 40, 40, dtype=torch.uint8)
+
+    splits = replace(tiny_splits, train=tiny_splits.train.with_decode(decode))
+    trainer = make(data=splits)
+    trainer.fit(1)
+    assert len(calls) == len(tiny_splits.train)
+    assert trainer._val_loader.dataset.decode == trainer.model.preprocess.decode

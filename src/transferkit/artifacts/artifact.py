@@ -25,7 +25,7 @@ SELF_TEST_TOLERANCE = 1e-3
 """Largest difference of a self-test's logits, absolute and relative to the largest logit."""
 
 _SELF_TEST_SEED = 0
-_SELF_TEST_SHAPE = (2, 3, 48, 40)
+_SELF_TEST_SIZE = (48, 40)
 _MODEL_PREFIX = "model."
 _SELF_TEST_IMAGES = "self_test.images"
 _SELF_TEST_LOGITS = "self_test.logits"
@@ -77,7 +77,7 @@ def save_artifact(
         OutputError: The file cannot be written.
     """
     names = _check_class_names(class_names, model.num_classes)
-    images = _self_test_images()
+    images = _self_test_images(model.preprocess.num_channels)
     tensors = {f"{_MODEL_PREFIX}{name}": value for name, value in model.state_dict().items()}
     logits = _self_test_logits(model, images)
     if not bool(torch.isfinite(logits).all()):
@@ -196,11 +196,11 @@ def _check_class_names(class_names: Sequence[str], num_classes: int) -> tuple[st
     return names
 
 
-def _self_test_images() -> Tensor:
-    """Return two tiny pictures of smooth noise, uint8 `(2, 3, 48, 40)`."""
+def _self_test_images(num_channels: int) -> Tensor:
+    """Return two tiny pictures of smooth noise, uint8 `(2, num_channels, 48, 40)`."""
     generator = torch.Generator().manual_seed(_SELF_TEST_SEED)
-    coarse = torch.rand((2, 3, 6, 5), generator=generator)
-    smooth = nn.functional.interpolate(coarse, size=_SELF_TEST_SHAPE[2:], mode="bilinear")
+    coarse = torch.rand((2, num_channels, 6, 5), generator=generator)
+    smooth = nn.functional.interpolate(coarse, size=_SELF_TEST_SIZE, mode="bilinear")
     return (smooth * 255).round().to(torch.uint8)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal, TypeAlias
 
 from transferkit._checks import check_integer, check_number, check_type
@@ -114,7 +115,7 @@ class ImageLoader:
     def skipped(self) -> tuple[SkippedFile, ...]:
         """The pictures that `on_error="skip"` left out so far, in the data set's order."""
         return tuple(
-            SkippedFile(self.dataset.name_of(index), self._failures[index])
+            SkippedFile(Path(self.dataset.name_of(index)), self._failures[index])
             for index in sorted(self._failures)
         )
 

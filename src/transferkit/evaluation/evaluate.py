@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from transferkit.data import Batch
+from transferkit.data import Batch, SkippedFile
 from transferkit.errors import DataError
 from transferkit.evaluation.metrics import class_accuracies, confusion_matrix
 from transferkit.models import Classifier
@@ -28,6 +28,7 @@ class Evaluation:
         num_images: The number of images.
         class_names: The names of the classes, by index.
         confusion: int64 `(C, C)`, true class by predicted class.
+        skipped: The pictures that were left out since they could not be read.
     """
 
     loss: float
@@ -35,6 +36,7 @@ class Evaluation:
     num_images: int
     class_names: tuple[str, ...]
     confusion: npt.NDArray[np.int64]
+    skipped: tuple[SkippedFile, ...] = ()
 
     @property
     def class_accuracies(self) -> dict[str, float]:
@@ -53,6 +55,7 @@ class Evaluation:
                 for name, value in self.class_accuracies.items()
             },
             "confusion": self.confusion.tolist(),
+            "skipped": [{"path": str(each.path), "reason": each.reason} for each in self.skipped],
         }
 
 

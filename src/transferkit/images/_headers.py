@@ -56,23 +56,20 @@ def read_jpeg_header(data: bytes) -> Header | None:
     """Return the header of a JPEG file; None where it is out of the ordinary."""
     exif: bytes | None = None
     adobe_transform = 1
+    frame: tuple[int, int, bool] | None = None
     for marker, start, end in jpeg_segments(data):
         if marker == 0xE1 and exif is None and data[start : start + 6] == b"Exif\0\0":
             exif = data[start + 6 : end]
         elif marker == 0xEE and data[start : start + 5] == b"Adobe" and end - start >= 12:
             adobe_transform = data[start + 11]
-        elif marker in _FRAME_MARKERS and end - start >= 6:
+        elif marker in _FRAME_MARKERS and end - start >= 6 and frame is None:
             precision, height, width, num_channels = struct.unpack_from(">BHHB", data, start)
-            ids = data[start + 6 : end : 3]
-            is_plain = (
-                marker in (0xC0, 0xC1, 0xC2)
-                and precision == 8
-                and num_channels in (1, 3)
-                and adobe_transform == 1
-                and ids[:3] != b"RGB"
-            )
-            return Header(width, height, is_plain, exif)
-    return None
+            is_usual = marker in (0xC0, 0xC1, 0xC2) and data[start + 6 : end : 3][:3] != b"RGB"
+            frame = width, height, is_usual and precision == 8 and num_channels in (1, 3)
+    if frame is None:
+        return None
+    width, height, is_plain = frame
+    return Header(width, height, is_plain and adobe_transform == 1, exif)
 
 
 _FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}

@@ -1,8 +1,8 @@
 """From bytes to pixels: the one place where this happens, in training and in prediction.
 
 What becomes of the modes that pictures have: grey is repeated in the three channels;
-16 bits are scaled to 8, `(value + 128) // 257` (of 16-bit colour in a TIFF file the high byte
-is taken, at most one level away); floats, which TIFF files may hold, go from 0 (black)
+16-bit grey is scaled to 8 bits, `(value + 128) // 257`, of 16-bit colour the high byte is
+taken, at most one level away; floats, which TIFF files may hold, go from 0 (black)
 to 1 (white); transparent pixels, in a palette too, are laid on white; CMYK and YCCK are
 converted without a colour profile; of an animation or a multi-page file the first frame is
 taken; 32-bit integers are refused, since nothing tells their range.
@@ -10,10 +10,10 @@ taken; 32-bit integers are refused, since nothing tells their range.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeAlias, get_args
 
 import numpy as np
@@ -95,9 +95,11 @@ def decode_image(
     if isinstance(source, Image.Image):
         return _guarded(lambda: _from_pil(source, max_pixels), "PIL image", max_pixels)
     if isinstance(source, (str, os.PathLike)):
-        data, name = _read_path(Path(source)), os.fspath(source)
+        name = os.fspath(source)
+        data = _read_path(name)
     elif isinstance(source, (bytes, bytearray, memoryview)):
-        data, name = bytes(source), f"{len(source)} bytes"
+        data = bytes(source)
+        name = f"{len(data)} bytes"
     elif hasattr(source, "read"):
         data, name = _read_stream(source)
     else:
@@ -153,23 +155,51 @@ def _from_pil(image: Image.Image, max_pixels: int) -> Tensor:
     return _upright(torch.from_numpy(to_rgb(image, "PIL image")).permute(2, 0, 1), orientation)
 
 
-def _read_path(path: Path) -> bytes:
+def _read_path(path: str) -> bytes:
     """Read a file whose first bytes are a picture's."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
-            # Opening a FIFO would wait for a writer.
-            raise ImageError(
-                f"Cannot read the picture `{path}`: it is a pipe, socket or device, no file."
-            )
-        with path.open("rb") as file:
-            start = file.read(NUM_SIGNATURE_BYTES)
-            _check_format(start, str(path))
-            return start + _read_rest(file, str(path))
+        # Opening a FIFO waits for a writer unless told not to. The system's own calls rather
+        # than a file object: in several threads each step less counts.
+        handle = os.open(path, os.O_RDONLY | _READ_FLAGS)
+        try:
+            status = os.fstat(handle)
+            if stat.S_ISDIR(status.st_mode):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            if not stat.S_ISREG(status.st_mode):
+                raise ImageError(
+                    f"Cannot read the picture `{path}`: it is a pipe, socket or device, no file."
+                )
+            if status.st_size > MAX_FILE_BYTES:
+                raise _too_long(path)
+            return _read_all(handle, status.st_size, path)
+        finally:
+            os.close(handle)
     except (OSError, ValueError) as error:  # ValueError: a path that no file can have.
         if isinstance(error, ImageError):
             raise
+        if getattr(error, "errno", None) == errno.ENXIO:  # What opening a socket gives.
+            raise ImageError(
+                f"Cannot read the picture `{path}`: it is a pipe, socket or device, no file."
+            ) from error
         reason = getattr(error, "strerror", None) or str(error)
         raise ImageError(f"Cannot read the picture `{path}`: {reason.lower()}.") from error
+
+
+_READ_FLAGS = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | os.O_CLOEXEC
+
+
+def _read_all(handle: int, size: int, path: str) -> bytes:
+    """Read an open file; of one that is no picture no more than its start."""
+    data = os.read(handle, min(size, _FIRST_READ))
+    _check_format(data[:NUM_SIGNATURE_BYTES], path)
+    parts = [data]
+    while parts[-1] and sum(map(len, parts)) < size:
+        parts.append(os.read(handle, size - sum(map(len, parts))))
+    return data if len(parts) == 1 else b"".join(parts)
+
+
+_FIRST_READ = 2**20
+"""Most pictures are read at once; a large file that is none is not read whole."""
 
 
 def _read_stream(file: BinaryIO) -> tuple[bytes, str]:
@@ -188,10 +218,14 @@ def _read_stream(file: BinaryIO) -> tuple[bytes, str]:
 def _read_rest(file: BinaryIO, name: str) -> bytes:
     data = file.read(MAX_FILE_BYTES + 1)
     if len(data) > MAX_FILE_BYTES:
-        raise ImageError(
-            f"Cannot read the picture `{name}`: the file is larger than {MAX_FILE_BYTES} bytes."
-        )
+        raise _too_long(name)
     return data
+
+
+def _too_long(name: str) -> ImageError:
+    return ImageError(
+        f"Cannot read the picture `{name}`: the file is larger than {MAX_FILE_BYTES} bytes."
+    )
 
 
 def _check_format(start: bytes, name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 import torch
@@ -15,18 +16,18 @@ from torchvision.transforms.v2 import functional as F
 from transferkit._checks import check_integer
 from transferkit.errors import ConfigError
 from transferkit.images.augment import Augmentation, make_augmentation
+from transferkit.images.channels import decode_channels
 from transferkit.images.decode import (
     MAX_PIXELS,
     Decoder,
     ImageSource,
     check_decoding,
-    decode_image,
 )
 from transferkit.images.geometry import trim_extreme
 from transferkit.images.seedable import is_seedable
 
 Transform: TypeAlias = "Callable[[Tensor], Tensor]"
-"""A callable from pixels uint8 (3, H, W) to the network's input float32 (3, h, w)."""
+"""A callable from pixels uint8 (C, H, W) to the network's input float32 (C, h, w)."""
 
 Interpolation: TypeAlias = Literal["bilinear", "bicubic"]
 ResizeMode: TypeAlias = Literal["shorter", "squash"]
@@ -48,8 +49,9 @@ class Preprocess:
         resize_mode: "shorter" brings the shorter side to `resize_size` and keeps the
             proportions; "squash" makes a square of it.
         interpolation: Resampling, always antialiased.
-        mean: Mean of each channel, RGB, for pixels in [0, 1].
-        std: Standard deviation of each channel, RGB, for pixels in [0, 1].
+        mean: Mean of each channel, for pixels in [0, 1]. Three channels are RGB, one is
+            grey. There are as many channels as means.
+        std: Standard deviation of each channel, for pixels in [0, 1].
         decoder: What decodes plain JPEG files, see `decode_image`.
         max_pixels: The most pixels of a picture that is decoded.
 
@@ -69,8 +71,8 @@ mean (0.485, 0.456, 0.406), std (0.229, 0.224, 0.225)
     resize_size: int = 256
     resize_mode: ResizeMode = "shorter"
     interpolation: Interpolation = "bilinear"
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
     decoder: Decoder = "torchvision"
     max_pixels: int = MAX_PIXELS
 
@@ -87,29 +89,44 @@ mean (0.485, 0.456, 0.406), std (0.229, 0.224, 0.225)
         _check_choice("interpolation", self.interpolation, get_args(Interpolation))
         object.__setattr__(self, "mean", _check_channels("mean", self.mean))
         object.__setattr__(self, "std", _check_channels("std", self.std))
+        if len(self.mean) != len(self.std):
+            raise ConfigError(
+                f"`mean` and `std` should have one number for each channel, found "
+                f"{len(self.mean)} and {len(self.std)}: {self.mean} and {self.std}."
+            )
         if min(self.std) <= 0:
             raise ConfigError(f"`std` should be above 0 in every channel, found {self.std}.")
         object.__setattr__(self, "max_pixels", check_decoding(self.decoder, self.max_pixels))
 
+    @property
+    def num_channels(self) -> int:
+        """The number of channels C of the images: 3 for RGB, 1 for grey."""
+        return len(self.mean)
+
     def decode(self, source: ImageSource) -> Tensor:
-        """Read one picture as upright RGB pixels, with this description's decoder and limit.
+        """Read one picture as upright pixels, with this description's decoder and limit.
 
         Args:
-            source: What `decode_image` takes.
+            source: For 3 channels what `decode_image` takes. For 1 channel that too, made
+                grey by its luma (ITU-R BT.601), and grey pixels uint8 as an array `(H, W)`
+                or `(H, W, 1)` or a tensor `(H, W)` or `(1, H, W)`. For any other number of
+                channels C, uint8, an array `(H, W, C)` or a tensor `(C, H, W)`.
 
         Returns:
-            uint8 `(3, H, W)`.
+            uint8 `(C, H, W)`.
 
         Raises:
-            ImageError: It cannot be read as a picture.
+            ImageError: It cannot be read as a picture with so many channels.
         """
-        return decode_image(source, decoder=self.decoder, max_pixels=self.max_pixels)
+        return decode_channels(
+            source, self.num_channels, decoder=self.decoder, max_pixels=self.max_pixels
+        )
 
     def eval(self) -> Transform:
         """Build the deterministic transform for validation and prediction.
 
         Returns:
-            A callable from uint8 `(3, H, W)` to float32 `(3, crop_size, crop_size)`.
+            A callable from uint8 `(C, H, W)` to float32 `(C, crop_size, crop_size)`.
         """
         return _EvalTransform(self)
 
@@ -118,12 +135,12 @@ mean (0.485, 0.456, 0.406), std (0.229, 0.224, 0.225)
 
         Args:
             augmentation: A preset's name (`list_augmentations()` names them) or any
-                callable from uint8 `(3, H, W)` to uint8 `(3, crop_size, crop_size)`,
+                callable from uint8 `(C, H, W)` to uint8 `(C, crop_size, crop_size)`,
                 such as a torchvision v2 transform. Its randomness comes from PyTorch's
                 global generator, which the loader seeds by (seed, epoch, index).
 
         Returns:
-            A callable from uint8 `(3, H, W)` to float32 `(3, crop_size, crop_size)`.
+            A callable from uint8 `(C, H, W)` to float32 `(C, crop_size, crop_size)`.
 
         Raises:
             UnknownNameError: No preset has this name.
@@ -138,28 +155,51 @@ mean (0.485, 0.456, 0.406), std (0.229, 0.224, 0.225)
         """Turn pixels into normalised values.
 
         Args:
-            pixels: uint8 `(..., 3, H, W)` in [0, 255].
+            pixels: uint8 `(..., C, H, W)` in [0, 255].
 
         Returns:
-            float32 of the same shape, `(pixels / 255 - mean) / std`.
+            float32 of the same shape, `(pixels / 255 - mean) / std`, the channels last in
+            memory.
+
+        Raises:
+            ConfigError: They have another number of channels.
         """
-        values = F.to_dtype(pixels, torch.float32, scale=True)
-        normalized: Tensor = F.normalize(values, list(self.mean), list(self.std))
-        return normalized
+        self._check_num_channels(pixels)
+        layout = torch.contiguous_format
+        values = pixels.movedim(-3, -1).to(torch.float32, memory_format=layout)
+        # One multiplication and addition along whole rows is five times as fast as a
+        # channel after the other.
+        rows = values.flatten(-2)
+        factor, shift = _make_affine(self.mean, self.std, values.shape[-2])
+        torch.addcmul(shift.to(rows.device), rows, factor.to(rows.device), out=rows)
+        return values.movedim(-1, -3)
 
     def denormalize(self, images: Tensor) -> Tensor:
         """Undo `normalize` up to the rounding to 8 bits, for looking at the result.
 
         Args:
-            images: Normalised float `(..., 3, H, W)`. Not changed.
+            images: Normalised float `(..., C, H, W)`. Not changed.
 
         Returns:
             float32 of the same shape on the same device, clipped to [0, 1].
+
+        Raises:
+            ConfigError: They have another number of channels.
         """
-        shape = (3, 1, 1)
+        self._check_num_channels(images)
+        shape = (self.num_channels, 1, 1)
         mean = torch.tensor(self.mean, device=images.device).view(shape)
         std = torch.tensor(self.std, device=images.device).view(shape)
         return (images.float() * std + mean).clamp(0.0, 1.0)
+
+    def _check_num_channels(self, images: Tensor) -> None:
+        # One mean would be spread over any number of channels, without a word.
+        if images.dim() < 3 or images.shape[-3] != self.num_channels:
+            raise ConfigError(
+                f"Images of this preprocessing should have the shape "
+                f"(..., {self.num_channels}, H, W), found {tuple(images.shape)}. "
+                f"`Preprocess.decode` reads pictures so."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the description as plain JSON data."""
@@ -234,14 +274,23 @@ class _TrainTransform:
             image = self.augmentation(image)
         else:
             image = self.augmentation(image, generator=generator)  # type: ignore[call-arg]
-        size = self.preprocess.crop_size
-        if image.dtype != torch.uint8 or image.shape != (3, size, size):
+        channels, size = self.preprocess.num_channels, self.preprocess.crop_size
+        if image.dtype != torch.uint8 or image.shape != (channels, size, size):
             raise ConfigError(
-                f"An augmentation should return uint8 (3, {size}, {size}), found "
+                f"An augmentation should return uint8 ({channels}, {size}, {size}), found "
                 f"{str(image.dtype).removeprefix('torch.')} {tuple(image.shape)}. "
                 f"Normalisation is done after it."
             )
         return self.preprocess.normalize(image)
+
+
+@lru_cache(maxsize=32)
+def _make_affine(
+    mean: tuple[float, ...], std: tuple[float, ...], width: int
+) -> tuple[Tensor, Tensor]:
+    """Return what a row of pixels, the channels last, is multiplied with, and what is added."""
+    means, stds = torch.tensor(mean), torch.tensor(std)
+    return (1 / (255 * stds)).repeat(width), (-means / stds).repeat(width)
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -251,14 +300,14 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         )
 
 
-def _check_channels(name: str, values: Any) -> tuple[float, float, float]:
+def _check_channels(name: str, values: Any) -> tuple[float, ...]:
     try:
-        red, green, blue = (float(value) for value in values)
-        if not all(math.isfinite(value) for value in (red, green, blue)):
+        numbers = tuple(float(value) for value in values)
+        if not numbers or not all(math.isfinite(value) for value in numbers):
             raise ValueError
     except (TypeError, ValueError):
         raise ConfigError(
-            f"`{name}` should be three numbers, one for each of red, green and blue, "
-            f"found {values!r}."
+            f"`{name}` should be finite numbers, one for each channel (three for red, green and "
+            f"blue), found {values!r}."
         ) from None
-    return red, green, blue
+    return numbers

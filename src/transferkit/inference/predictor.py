@@ -16,7 +16,7 @@ from transferkit._device import resolve_device
 from transferkit.artifacts import load_artifact
 from transferkit.data.folders import find_images
 from transferkit.errors import ConfigError, ImageError
-from transferkit.images import ImageSource, Preprocess, decode_image
+from transferkit.images import ImageSource, Preprocess
 from transferkit.inference.prediction import ClassProbability, Prediction
 from transferkit.models import BackboneSpec, Classifier
 from transferkit.models.modes import evaluating
@@ -100,7 +100,7 @@ class Predictor:
 
         Args:
             image: Path, bytes, PIL image, array `(H, W, 3)` or tensor `(3, H, W)`, the last
-                two uint8 RGB in [0, 255].
+                two uint8 RGB in [0, 255]. With other channels what `Preprocess.decode` takes.
             top_k: How many of the likeliest classes to return; None takes 5, or all
                 classes where there are fewer.
 
@@ -156,7 +156,7 @@ class Predictor:
             problem: ImageError | None = None
             for source in sources:
                 try:
-                    ready.append(transform(decode_image(source)))
+                    ready.append(transform(self.preprocess.decode(source)))
                 except ImageError as error:
                     problem = error  # Its turn comes after the good ones before it.
                     break

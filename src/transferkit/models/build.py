@@ -10,8 +10,9 @@ from torch import nn
 
 from transferkit._checks import check_integer, check_type
 from transferkit._seeding import check_seed, seeded_torch
-from transferkit.errors import ConfigError, WeightsError
+from transferkit.errors import BackboneError, ConfigError, WeightsError
 from transferkit.images import Preprocess
+from transferkit.models.channels import adapt_channels, adapt_preprocess
 from transferkit.models.classifier import Classifier
 from transferkit.models.freezing import BatchNormMode, FreezePlan
 from transferkit.models.registry import get_backbone
@@ -29,6 +30,7 @@ def build_model(
     seed: int = 0,
     num_features: int | None = None,
     preprocess: Preprocess | None = None,
+    num_channels: int | None = None,
 ) -> Classifier:
     """Build a classifier: a backbone with its weights and a new linear head.
 
@@ -50,6 +52,12 @@ def build_model(
         num_features: The D of a network of your own; only for that case.
         preprocess: Takes the place of the backbone's own preprocessing. The default for
             a network of your own is 224 pixels with the ImageNet mean and std.
+        num_channels: The number of channels C of the pictures: 1 for grey, 3 for RGB, more
+            for multispectral arrays; None takes that of `preprocess`, where it is given, or
+            else the backbone's own, which is 3. For another number than its own the
+            backbone is adapted: the filters of its first convolution, random ones too, are
+            summed for 1 channel, else repeated in order and scaled by 3 / C; mean and std
+            are averaged for 1 channel, else repeated in order, unless `preprocess` is given.
 
     Returns:
         The classifier, on the CPU, in training mode.
@@ -57,6 +65,7 @@ def build_model(
     Raises:
         UnknownNameError: There is no such backbone.
         WeightsError: The weights cannot be found, read or fitted.
+        BackboneError: The backbone cannot be adapted to so many channels.
         FreezeError: A freeze pattern matches nothing.
         ConfigError: Another argument cannot work.
         MissingDependencyError: The backbone needs a package that is not installed.
@@ -65,12 +74,21 @@ def build_model(
         >>> model = build_model("resnet18", num_classes=2, weights=None, freeze="backbone")
         >>> model.num_trainable_parameters
         1026
+        >>> grey = build_model("resnet18", num_classes=2, weights=None, num_channels=1)
+        >>> grey.preprocess.num_channels
+        1
+
+    References:
+        Filters for other numbers of channels: the practice of Wightman's PyTorch Image
+        Models (timm), https://github.com/huggingface/pytorch-image-models
     """
     num_classes = check_integer("num_classes", num_classes, minimum=2)
     if preprocess is not None:
         check_type("preprocess", preprocess, Preprocess, "a Preprocess or None")
     plan = FreezePlan.parse(freeze, bn=bn)
     spec = _resolve_spec(backbone, num_features, preprocess)
+    own_network = isinstance(backbone, nn.Module)
+    wanted = _resolve_preprocess(spec, preprocess, num_channels, own_network=own_network)
     with seeded_torch(check_seed(seed), torch.device("cpu")):
         network, dim = spec.build_features()
         model = Classifier(
@@ -78,9 +96,13 @@ def build_model(
             num_features=dim,
             num_classes=num_classes,
             backbone_name=spec.name,
-            preprocess=preprocess or spec.preprocess,
+            preprocess=wanted,
         )
-    _load_weights(model.backbone, spec, weights, own_network=isinstance(backbone, nn.Module))
+        _load_weights(model.backbone, spec, weights, own_network=own_network)
+        if wanted.num_channels != spec.preprocess.num_channels:
+            adapt_channels(
+                model.backbone, wanted.num_channels, preprocess=spec.preprocess, name=spec.name
+            )
     return model.freeze(plan).train()
 
 
@@ -112,6 +134,31 @@ def _resolve_spec(
         f"`backbone` should be a name, a BackboneSpec or an nn.Module, "
         f"found {type(backbone).__name__}."
     )
+
+
+def _resolve_preprocess(
+    spec: BackboneSpec,
+    preprocess: Preprocess | None,
+    num_channels: int | None,
+    *,
+    own_network: bool,
+) -> Preprocess:
+    """Return the model's preprocessing, which says how many channels it reads."""
+    if num_channels is None:
+        return preprocess or spec.preprocess
+    num_channels = check_integer("num_channels", num_channels, minimum=1)
+    if preprocess is not None and preprocess.num_channels != num_channels:
+        raise ConfigError(
+            f"`num_channels` is {num_channels}, `preprocess` has the mean and std of "
+            f"{preprocess.num_channels}. Make them agree, or leave one of them out."
+        )
+    if own_network and num_channels != spec.preprocess.num_channels:
+        raise BackboneError(
+            f"A network of your own is taken as it is and not adapted to `num_channels="
+            f"{num_channels}`. Where it reads so many, say so by `preprocess=`, with the mean "
+            f"and std of each channel."
+        )
+    return preprocess or adapt_preprocess(spec.preprocess, num_channels)
 
 
 def _load_weights(

@@ -21,9 +21,9 @@ class Classifier(nn.Module):
     to one.
 
     Args:
-        backbone: Maps images `(N, 3, H, W)` to features `(N, D)`.
+        backbone: Maps images `(N, C, H, W)` to features `(N, D)`.
         num_features: The D of the features.
-        num_classes: The number of classes C, at least 2.
+        num_classes: The number of classes, at least 2.
         backbone_name: The name that the artifact will carry.
         preprocess: How pictures become images for this backbone.
 
@@ -57,7 +57,7 @@ class Classifier(nn.Module):
         """Compute the features of images.
 
         Args:
-            images: float32 `(N, 3, H, W)`, preprocessed.
+            images: float32 `(N, C, H, W)`, preprocessed.
 
         Returns:
             float32 `(N, D)`.
@@ -78,7 +78,7 @@ class Classifier(nn.Module):
         return features
 
     def forward(self, images: Tensor) -> Tensor:
-        """Compute the logits `(N, C)` of images float32 `(N, 3, H, W)`."""
+        """Compute the logits `(N, num_classes)` of images float32 `(N, C, H, W)`."""
         logits: Tensor = self.head(self.features(images))
         return logits
 

@@ -61,7 +61,7 @@ class BackboneSpec:
         """Build the network without its head.
 
         Returns:
-            The network, which maps images `(N, 3, H, W)` to features `(N, D)`, and D.
+            The network, which maps images `(N, C, H, W)` to features `(N, D)`, and D.
 
         Raises:
             BackboneError: The head is not where `head_path` says, is no linear layer or

@@ -116,7 +116,13 @@ class EpochLog(Callback):
         )
 
     def on_fit_end(self, trainer: Trainer, history: History) -> None:
-        """Print the elapsed time and the best epoch."""
+        """Print what was skipped, the elapsed time and the best epoch."""
+        if history.skipped:
+            first = history.skipped[0]
+            self._print(
+                f"Skipped {len(history.skipped)} pictures, listed in the history. "
+                f"The first: {first['reason']}"
+            )
         if not history.records:
             return
         minutes, seconds = divmod(history.seconds, 60)

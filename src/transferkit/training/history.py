@@ -69,6 +69,8 @@ class History:
         seconds: Duration of the whole fit.
         status: How it ended: "completed", "stopped" by a callback, "interrupted" by Ctrl-C
             or "failed" with an error.
+        skipped: The pictures that were left out since they could not be read, each with
+            "split", "path" and "reason".
 
     Example:
         >>> history = History([EpochRecord(1, 0.7, 0.5, 0.6, 0.8, 0.01, 2.0)])
@@ -82,6 +84,7 @@ class History:
     settings: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     status: Status = "completed"
+    skipped: list[dict[str, str]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.records)

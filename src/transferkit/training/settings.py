@@ -86,13 +86,16 @@ def _to_plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def name_of(thing: object) -> str:
+def name_of(thing: object) -> str | None:
     """Return a name for the history: the text itself, or the name of a function or class.
+
+    None stays None.
 
     Example:
         >>> name_of("sgd"), name_of(len)
         ('sgd', 'len')
     """
-    if isinstance(thing, str):
+    if thing is None or isinstance(thing, str):
         return thing
-    return getattr(thing, "__qualname__", None) or type(thing).__qualname__
+    name: str = getattr(thing, "__qualname__", None) or type(thing).__qualname__
+    return name

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,16 +21,27 @@ from transferkit._files import check_writable
 from transferkit._seeding import check_seed, seeded_torch
 from transferkit.artifacts import save_artifact
 from transferkit.data import ImageDataset, ImageLoader, ImageSplits
+from transferkit.data.loader import DEFAULT_MAX_SKIPPED, OnError, WorkerType
 from transferkit.errors import ConfigError
 from transferkit.evaluation import Evaluation, evaluate_model
 from transferkit.evaluation.evaluate import RunningMean
-from transferkit.images import Augmentation, Transform
+from transferkit.images import Augmentation
 from transferkit.models import Classifier
 from transferkit.models.modes import modes_kept
 from transferkit.training.best import BestWeights
 from transferkit.training.callbacks import Callback, EpochLog, ProgressBar, check_callables
 from transferkit.training.forward import Criterion, forward
 from transferkit.training.history import EpochRecord, History
+from transferkit.training.loading import (
+    DEFAULT_CACHE_BYTES,
+    Balance,
+    BatchTransform,
+    Loading,
+    check_balance,
+    make_batch_transform,
+    make_criterion,
+    mix,
+)
 from transferkit.training.optimizers import OptimizerFactory, group_options, make_optimizer
 from transferkit.training.recipes import Recipe
 from transferkit.training.schedulers import Schedule, SchedulerFactory, make_schedule
@@ -61,13 +73,25 @@ class Trainer:
         batch_size: Pictures in a batch, at least 1; the last batch may be smaller.
         augmentation: A preset's name, or a callable from uint8 `(3, H, W)` to uint8
             `(3, crop_size, crop_size)`.
+        batch_augmentation: "mixup", "cutmix", "mixup_or_cutmix", or a callable from images
+            `(N, C, h, w)` and targets `(N,)` to images and soft targets `(N, classes)`, which
+            the criterion must take. Training accuracy counts the true classes.
+        balance: What to do about rare classes: "sampler" draws each class equally often,
+            "weights" weighs them in the loss (`class_weights`); None takes them as they are.
         criterion: Maps logits `(N, C)` and targets `(N,)` to the batch's mean loss; None
             takes cross-entropy. An epoch's loss is the mean over its batches, each weighted
             by its number of images. A module is moved to `device`.
         callbacks: What else watches the fit.
         seed: Rules order, augmentation and dropout. The caller's random state is left alone.
         device: "auto" takes the accelerator that PyTorch finds, else the CPU.
-        num_workers: Processes that load pictures; "auto" looks at this machine.
+        num_workers: Threads or processes that load pictures; "auto" looks at this machine
+            and leaves the cores to a network that computes on the CPU.
+        worker_type: "thread", "process" and so on, see `ImageLoader`; no choice changes a bit.
+        cache_bytes: Decoded pictures are kept in memory up to so many bytes (512 MiB), for
+            the epochs after the first. The pixels are the same. 0 keeps none.
+        on_error: "raise" ends the fit at a picture that cannot be read; "skip" leaves it out
+            and lists it in `history.skipped`.
+        max_skipped: The share of a split's pictures beyond which skipping is an error.
         channels_last: Lay weights and images out with the channels last, which most networks
             run faster with and which changes results in the last bits only. Switch it off for
             a network of your own that calls `view` on its activations.
@@ -106,11 +130,17 @@ class Trainer:
         scheduler_options: dict[str, Any] | None = None,
         batch_size: int | None = None,
         augmentation: str | Augmentation | None = None,
+        batch_augmentation: str | BatchTransform | None = None,
+        balance: Balance | None = None,
         criterion: Criterion | None = None,
         callbacks: Sequence[Callback] = (),
         seed: int = 0,
         device: str | torch.device = "auto",
         num_workers: int | Literal["auto"] = "auto",
+        worker_type: WorkerType = "auto",
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
+        on_error: OnError = "raise",
+        max_skipped: float = DEFAULT_MAX_SKIPPED,
         channels_last: bool = True,
         verbose: bool = True,
     ) -> None:
@@ -141,7 +171,8 @@ class Trainer:
                 "weight_decay": weight_decay,
             },
         )
-        self.criterion: Criterion = nn.CrossEntropyLoss() if criterion is None else criterion
+        self._balance = check_balance(balance, criterion)
+        self.criterion: Criterion = make_criterion(criterion, balance, data.train)
         if isinstance(self.criterion, nn.Module):
             self.criterion.to(self.device)  # Class weights are buffers of it.
         self.history: History = History()
@@ -150,10 +181,20 @@ class Trainer:
         self._scheduler = scheduler if scheduler is not None else self.recipe.scheduler
         self._augmentation = augmentation if augmentation is not None else self.recipe.augmentation
         self._callbacks = [*((EpochLog(), ProgressBar()) if verbose else ()), *callbacks]
-        self._num_workers = num_workers
-        transform = model.preprocess.train(self._augmentation)
-        self._train_loader = self._loader(data.train, transform, shuffle=True)
-        self._val_loader = self._loader(data.val, model.preprocess.eval(), shuffle=False)
+        self._batch_augmentation = batch_augmentation
+        self._mix = make_batch_transform(batch_augmentation, data.num_classes)
+        self._loading = Loading(
+            model=model,
+            batch_size=self.recipe.batch_size,
+            seed=self.seed,
+            device=self.device,
+            num_workers=num_workers,
+            worker_type=worker_type,
+            cache_bytes=cache_bytes,
+            on_error=on_error,
+            max_skipped=max_skipped,
+        )
+        self._train_loader, self._val_loader = self._make_loaders()
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
         model.to(self.device).to(memory_format=self._memory_format)
         # Built now to have the errors at the door; `fit` builds its own.
@@ -221,9 +262,9 @@ class Trainer:
             ImageError: A picture cannot be read.
         """
         dataset = self._find_split(split)
-        loader = self._loader(dataset, self.model.preprocess.eval(), shuffle=False)
+        loader = self._loading.loader(dataset, self.model.preprocess.eval())
         try:
-            return self._evaluate(loader)
+            return replace(self._evaluate(loader), skipped=loader.skipped)
         finally:
             loader.close()
 
@@ -269,8 +310,12 @@ class Trainer:
         self.model.train()
         mean = RunningMean(self.device)
         for step, batch in enumerate(self._train_loader.batches(epoch=epoch), start=1):
-            images, targets, _ = batch.to(self.device, memory_format=self._memory_format)
-            loss, logits = forward(self.model, self.criterion, images, targets)
+            batch = batch.to(self.device, memory_format=self._memory_format)
+            images, targets, _ = batch
+            wanted = targets
+            if self._mix is not None:
+                images, wanted = mix(self._mix, batch, seed=self.seed, epoch=epoch)
+            loss, logits = forward(self.model, self.criterion, images, wanted)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -312,6 +357,7 @@ class Trainer:
             self.model.zero_grad(set_to_none=True)
             self._train_loader.close()
             self._val_loader.close()
+            self.history.skipped = self._skipped()
             self.history.seconds = time.perf_counter() - start
             self._call("on_fit_end", self.history)
 
@@ -319,16 +365,30 @@ class Trainer:
         for callback in self._callbacks:
             getattr(callback, event)(self, *arguments)
 
-    def _loader(self, dataset: ImageDataset, transform: Transform, *, shuffle: bool) -> ImageLoader:
-        return ImageLoader(
-            dataset,
-            transform,
-            batch_size=self.recipe.batch_size,
-            shuffle=shuffle,
-            seed=self.seed,
-            num_workers=self._num_workers,
-            pin_memory=self.device.type == "cuda",
+    def _make_loaders(self) -> tuple[ImageLoader, ImageLoader]:
+        """Return the loaders of the two phases; each may keep its share of the pictures."""
+        train, val = self.data.train, self.data.val
+        share = len(train) / (len(train) + len(val))
+        transform = self.model.preprocess.train(self._augmentation)
+        return (
+            self._loading.loader(
+                train,
+                transform,
+                shuffle=True,
+                balanced=self._balance == "sampler",
+                cache_share=share,
+            ),
+            self._loading.loader(val, self.model.preprocess.eval(), cache_share=1 - share),
         )
+
+    def _skipped(self) -> list[dict[str, str]]:
+        """Return the pictures that were left out so far, as plain data."""
+        loaders = {"train": self._train_loader, "val": self._val_loader}
+        return [
+            {"split": name, "path": str(each.path), "reason": each.reason}
+            for name, loader in loaders.items()
+            for each in loader.skipped
+        ]
 
     def _make_optimizer(self) -> Optimizer:
         return make_optimizer(
@@ -377,6 +437,8 @@ class Trainer:
                 "optimizer": name_of(self._optimizer),
                 "scheduler": name_of(self._scheduler),
                 "augmentation": name_of(self._augmentation),
+                "batch_augmentation": name_of(self._batch_augmentation),
+                "balance": self._balance,
                 "criterion": name_of(self.criterion),
                 "seed": self.seed,
                 "device": str(self.device),

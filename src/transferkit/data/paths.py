@@ -1,0 +1,149 @@
+"""`PathArray`: a million paths in a few arrays instead of a million objects."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+
+class PathArray(Sequence[Path]):
+    """Paths, stored as one run of bytes with offsets, and a list of the folders they lie in.
+
+    A path becomes a `Path` object when it is asked for. Forked workers share the arrays,
+    since nothing in them is ever counted or written; `share_memory` makes other processes
+    share them, too.
+
+    Args:
+        names: The encoded file names one after the other, uint8.
+        ends: Where each name ends, int64 `(N,)`.
+        folders: Which folder each file lies in, int32 `(N,)`.
+        prefixes: The folders, each with its separator at the end.
+
+    Example:
+        >>> paths = PathArray.from_paths(["ants/1.jpg", "ants/2.jpg", "bees/1.jpg"])
+        >>> len(paths), paths[-1].name, paths.num_bytes < 60
+        (3, '1.jpg', True)
+    """
+
+    def __init__(
+        self,
+        names: npt.NDArray[np.uint8],
+        ends: npt.NDArray[np.int64],
+        folders: npt.NDArray[np.int32],
+        prefixes: Sequence[str],
+    ) -> None:
+        self._arrays: tuple[npt.NDArray[Any], ...] = (names, ends, folders)
+        self._prefixes = tuple(prefixes)
+        self._shared: tuple[Tensor, ...] | None = None
+
+    @classmethod
+    def from_paths(cls, paths: Iterable[str | os.PathLike[str]]) -> PathArray:
+        """Build it from paths of any kind."""
+        builder = PathBuilder()
+        for path in paths:
+            folder, name = os.path.split(os.fspath(path))
+            builder.add(folder, [name])
+        return builder.build()
+
+    def __len__(self) -> int:
+        return len(self._arrays[1])
+
+    @overload
+    def __getitem__(self, index: int) -> Path: ...
+    @overload
+    def __getitem__(self, index: slice) -> PathArray: ...
+    def __getitem__(self, index: int | slice) -> Path | PathArray:
+        if isinstance(index, slice):
+            return self.take(np.arange(len(self))[index])
+        count = len(self)
+        if not -count <= index < count:
+            raise IndexError(f"There are {count} paths, found the index {index}.")
+        names, ends, folders = self._arrays
+        index %= count
+        start = int(ends[index - 1]) if index else 0
+        name = os.fsdecode(names[start : int(ends[index])].tobytes())
+        return Path(self._prefixes[int(folders[index])] + name)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence) or isinstance(other, str):
+            return NotImplemented
+        return len(self) == len(other) and all(
+            one == another for one, another in zip(self, other, strict=True)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"PathArray({len(self)} paths)"
+
+    def take(self, indices: npt.ArrayLike) -> PathArray:
+        """Return the paths at these places, in their order."""
+        places = np.asarray(indices, dtype=np.int64)
+        names, ends, folders = self._arrays
+        starts = np.concatenate([[0], ends[:-1]]) if len(ends) else ends
+        sizes = (ends - starts)[places]
+        new_ends = np.cumsum(sizes)
+        total = int(new_ends[-1]) if len(new_ends) else 0
+        # For each byte of the result, where it comes from.
+        source = np.repeat(starts[places] - (new_ends - sizes), sizes) + np.arange(total)
+        return PathArray(names[source], new_ends, folders[places], self._prefixes)
+
+    @property
+    def num_bytes(self) -> int:
+        """The memory that the arrays take."""
+        return sum(array.nbytes for array in self._arrays)
+
+    def share_memory(self) -> None:
+        """Move the arrays to memory that processes share: sent to one, they are not copied."""
+        if self._shared is None and len(self):
+            self._shared = tuple(shared(array) for array in self._arrays)
+            self._arrays = tuple(tensor.numpy() for tensor in self._shared)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"arrays": self._shared or self._arrays, "prefixes": self._prefixes}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        arrays = state["arrays"]
+        is_shared = isinstance(arrays[0], Tensor)
+        self._shared = arrays if is_shared else None
+        self._arrays = tuple(each.numpy() for each in arrays) if is_shared else arrays
+        self._prefixes = state["prefixes"]
+
+
+def shared(array: npt.NDArray[Any]) -> Tensor:
+    """Return a copy of an array in memory that processes share."""
+    result: Tensor = torch.from_numpy(np.array(array)).share_memory_()  # type: ignore[no-untyped-call]
+    return result
+
+
+class PathBuilder:
+    """Gather paths folder by folder."""
+
+    def __init__(self) -> None:
+        self._names = bytearray()
+        self._sizes: list[npt.NDArray[np.int64]] = []
+        self._folders: list[npt.NDArray[np.int32]] = []
+        self._prefixes: dict[str, int] = {}
+
+    def add(self, folder: str, names: Sequence[str]) -> None:
+        """Add files of a folder, in their order."""
+        prefix = os.path.join(folder, "") if folder else ""  # noqa: PTH118  as a text
+        number = self._prefixes.setdefault(prefix, len(self._prefixes))
+        encoded = [os.fsencode(name) for name in names]
+        self._names += b"".join(encoded)
+        self._sizes.append(np.fromiter(map(len, encoded), np.int64, len(encoded)))
+        self._folders.append(np.full(len(encoded), number, np.int32))
+
+    def build(self) -> PathArray:
+        """Return the paths."""
+        sizes = np.concatenate([np.zeros(0, np.int64), *self._sizes])
+        folders = np.concatenate([np.zeros(0, np.int32), *self._folders])
+        names = np.frombuffer(bytes(self._names), dtype=np.uint8)
+        return PathArray(names, np.cumsum(sizes), folders, list(self._prefixes))

@@ -1,0 +1,155 @@
+"""Finding the pictures in a folder: at any depth, by extension, in one fixed order.
+
+Files of a folder come first, by name, then its subfolders, by name. Hidden files and what
+desktops leave behind are passed over without a word.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from transferkit.data.dataset import SkippedFile
+from transferkit.errors import ConfigError, DataError
+
+EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+"""File name endings that make a file a candidate, in lower case; upper case counts too."""
+
+DEFAULT_EXCLUDE = ("imageNotFound.gif",)
+"""Left out unless the caller says otherwise: a photo host's "not found" placeholder, which
+the published ants-and-bees archive has among its ants."""
+
+_LEFT_BEHIND = frozenset(
+    {"__MACOSX", "__pycache__", "Thumbs.db", "ehthumbs.db", "desktop.ini", "Icon\r"}
+)
+
+
+class Walk:
+    """A walk through folders that enters each real folder once, whatever the links.
+
+    Args:
+        exclude: Glob patterns over file names that are left out.
+    """
+
+    def __init__(self, exclude: Sequence[str]) -> None:
+        self.exclude = exclude
+        self.skipped: list[SkippedFile] = []
+        self._entered: set[tuple[int, int]] = set()
+
+    def enter(self, folder: str) -> bool:
+        """Note a folder; False where it was entered before, by this name or another."""
+        try:
+            status = os.stat(folder)
+        except OSError as error:
+            raise unreadable(folder, error) from error
+        key = (status.st_dev, status.st_ino)
+        if key in self._entered:
+            return False
+        self._entered.add(key)
+        return True
+
+    def pictures(self, folder: str) -> Iterator[tuple[str, list[str]]]:
+        """Yield each folder that has pictures with their sorted names; `folder` is entered."""
+        names, subfolders = self._list(folder)
+        if names:
+            yield folder, names
+        for name in subfolders:
+            path = os.path.join(folder, name)  # noqa: PTH118  texts are a third of the memory
+            if self.enter(path):
+                yield from self.pictures(path)
+            else:
+                self._skip(folder, name, "a link to a folder that is read already")
+
+    def _list(self, folder: str) -> tuple[list[str], list[str]]:
+        """Return the names of a folder's pictures and subfolders, sorted; note the rest."""
+        pictures, subfolders, others = [], [], []
+        for entry in entries(folder):
+            if is_hidden(entry.name):
+                continue
+            if is_folder(entry):
+                subfolders.append(entry.name)
+            elif reason := reason_to_skip(entry, self.exclude):
+                others.append((entry.name, reason))
+            else:
+                pictures.append(entry.name)
+        for name, reason in sorted(others):
+            self._skip(folder, name, reason)
+        return sorted(pictures), sorted(subfolders)
+
+    def _skip(self, folder: str, name: str, reason: str) -> None:
+        self.skipped.append(SkippedFile(Path(folder, name), reason))
+
+
+def reason_to_skip(entry: os.DirEntry[str], exclude: Sequence[str]) -> str | None:
+    """Return why a file is no candidate; None where it is one."""
+    for pattern in exclude:
+        if fnmatchcase(entry.name, pattern):
+            return f"excluded by `{pattern}`"
+    extension = os.path.splitext(entry.name)[1]  # noqa: PTH122  no object for each name
+    if extension.lower() not in EXTENSIONS:
+        return f"no picture by its extension `{extension}`"
+    try:
+        return None if entry.is_file() else "no regular file"
+    except OSError:  # Links that lead round in a circle.
+        return "no regular file"
+
+
+def entries(folder: str) -> Iterator[os.DirEntry[str]]:
+    """Yield what is in a folder.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    try:
+        with os.scandir(folder) as found:
+            yield from found
+    except OSError as error:
+        raise unreadable(folder, error) from error
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Tell whether an entry is a folder or a link to one."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def is_hidden(name: str) -> bool:
+    """Tell whether a name is passed over without a word."""
+    return name.startswith(".") or name in _LEFT_BEHIND
+
+
+def unreadable(folder: object, error: OSError) -> DataError:
+    """Build the error for a folder that cannot be read."""
+    reason = (error.strerror or str(error)).lower()
+    return DataError(f"Cannot read the folder `{folder}`: {reason}.")
+
+
+def check_exclude(exclude: Sequence[str]) -> tuple[str, ...]:
+    """Return glob patterns.
+
+    Raises:
+        ConfigError: They are something else.
+    """
+    is_list = isinstance(exclude, Sequence) and not isinstance(exclude, (str, bytes))
+    if not is_list or not all(isinstance(each, str) for each in exclude):
+        raise ConfigError(f"`exclude` should be a list of glob patterns, found {exclude!r}.")
+    return tuple(exclude)
+
+
+def natural_key(name: str) -> tuple[list[tuple[int, int, str]], str]:
+    """Return a sort key that orders runs of digits by their value.
+
+    Example:
+        >>> sorted(["10", "9", "a2", "a10"], key=natural_key)
+        ['9', '10', 'a2', 'a10']
+    """
+    parts = re.findall(r"[0-9]+|[^0-9]+", name)
+    key = [
+        (0, int(part), "") if part.isascii() and part.isdigit() else (1, 0, part) for part in parts
+    ]
+    return key, name

@@ -1,0 +1,161 @@
+"""How a fit loads its pictures, as one value that every loader of the fit is made from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from transferkit._checks import check_callable, check_integer
+from transferkit._seeding import seeded
+from transferkit.data import Batch, ImageDataset, ImageLoader, class_weights
+from transferkit.data.loader import (
+    OnError,
+    WorkerType,
+    check_on_error,
+    check_share,
+    num_cores,
+)
+from transferkit.errors import ConfigError
+from transferkit.images import Transform, decode_image, make_batch_augmentation
+from transferkit.models import Classifier
+from transferkit.training.forward import Criterion
+
+BatchTransform: TypeAlias = "Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]"
+"""A callable from images (N, C, h, w) and targets (N,) to images and soft targets (N, classes)."""
+
+Balance: TypeAlias = Literal["sampler", "weights"]
+
+DEFAULT_CACHE_BYTES = 2**29
+MIN_CORES_FOR_WORKERS = 4
+
+# Keeps the draws for a whole batch apart from those for its pictures.
+_BATCH_DRAWS = 2**32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loading:
+    """How a fit loads its pictures; see `Trainer` for the fields.
+
+    Raises:
+        ConfigError: A value cannot work.
+    """
+
+    model: Classifier
+    batch_size: int
+    seed: int
+    device: torch.device
+    num_workers: int | Literal["auto"]
+    worker_type: WorkerType
+    cache_bytes: int
+    on_error: OnError
+    max_skipped: float
+
+    def __post_init__(self) -> None:
+        check_integer("cache_bytes", self.cache_bytes, minimum=0)
+        check_on_error(self.on_error)
+        check_share("max_skipped", self.max_skipped)
+
+    def loader(
+        self,
+        dataset: ImageDataset,
+        transform: Transform,
+        *,
+        shuffle: bool = False,
+        balanced: bool = False,
+        cache_share: float = 0.0,
+    ) -> ImageLoader:
+        """Make a loader.
+
+        Args:
+            dataset: The pictures, decoded as the model's preprocessing says unless the data
+                set has a way of its own.
+            transform: From pixels to images.
+            shuffle: Draw a new order each epoch.
+            balanced: Show each class equally often.
+            cache_share: The part of the memory for kept pictures that it may use.
+        """
+        if dataset.decode is decode_image:
+            dataset = dataset.with_decode(self.model.preprocess.decode)
+        return ImageLoader(
+            dataset,
+            transform,
+            batch_size=self.batch_size,
+            shuffle=shuffle,
+            balanced=balanced,
+            seed=self.seed,
+            num_workers=self._choose_num_workers(),
+            worker_type=self.worker_type,
+            cache_bytes=int(self.cache_bytes * cache_share),
+            on_error=self.on_error,
+            max_skipped=self.max_skipped,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def _choose_num_workers(self) -> int | Literal["auto"]:
+        # A network that computes on the CPU has all cores busy; on few of them workers
+        # would only take turns with it.
+        if self.num_workers == "auto" and self.device.type == "cpu":
+            return 0 if num_cores() < MIN_CORES_FOR_WORKERS else 1
+        return self.num_workers
+
+
+def check_balance(balance: Balance | None, criterion: Criterion | None) -> Balance | None:
+    """Return how rare classes are made to count.
+
+    Raises:
+        ConfigError: There is no such way, or a criterion would be ignored.
+    """
+    if balance not in (None, "sampler", "weights"):
+        raise ConfigError(f'`balance` should be "sampler", "weights" or None, found {balance!r}.')
+    if balance == "weights" and criterion is not None:
+        raise ConfigError(
+            '`balance="weights"` makes the criterion, so that yours would be ignored. Leave one '
+            "out, or give yours the weights of `class_weights(data.train)`."
+        )
+    return balance
+
+
+def make_criterion(
+    criterion: Criterion | None, balance: Balance | None, dataset: ImageDataset
+) -> Criterion:
+    """Return the criterion: the given one, or cross-entropy, weighted where that was asked."""
+    if criterion is not None:
+        return criterion
+    return nn.CrossEntropyLoss(weight=class_weights(dataset) if balance == "weights" else None)
+
+
+def make_batch_transform(
+    batch_augmentation: str | BatchTransform | None, num_classes: int
+) -> BatchTransform | None:
+    """Return what mixes the pictures of a batch.
+
+    Raises:
+        UnknownNameError: There is none of that name.
+        ConfigError: It cannot be called.
+    """
+    if isinstance(batch_augmentation, str):
+        return make_batch_augmentation(batch_augmentation, num_classes=num_classes)
+    if batch_augmentation is not None:
+        words = "a name, or a callable from (images, targets) to both"
+        check_callable("batch_augmentation", batch_augmentation, words)
+    return batch_augmentation
+
+
+def mix(transform: BatchTransform, batch: Batch, *, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
+    """Mix a batch under a seed of its own: a function of (seed, epoch, its pictures).
+
+    Args:
+        transform: What mixes.
+        batch: The batch, on any device.
+        seed: The seed.
+        epoch: The epoch.
+
+    Returns:
+        Images `(N, C, h, w)` and soft targets `(N, classes)`.
+    """
+    with seeded(seed, epoch, _BATCH_DRAWS, int(batch.indices[0])):
+        return transform(batch.images, batch.targets)
