@@ -22,7 +22,19 @@ if TYPE_CHECKING:
         training,
     )
     from transferkit.artifacts import load_artifact, save_artifact
-    from transferkit.data import Batch, ImageDataset, ImageLoader, ImageSplits, load_folders
+    from transferkit.data import (
+        Batch,
+        ImageDataset,
+        ImageLoader,
+        ImageSplits,
+        class_weights,
+        k_folds,
+        load_folder,
+        load_folders,
+        load_table,
+        split_dataset,
+        wrap_dataset,
+    )
     from transferkit.errors import TransferkitError
     from transferkit.images import Preprocess, decode_image
     from transferkit.inference import Prediction, Predictor
@@ -78,6 +90,7 @@ __all__ = [
     "__version__",
     "artifacts",
     "build_model",
+    "class_weights",
     "data",
     "decode_image",
     "errors",
@@ -87,10 +100,13 @@ __all__ = [
     "images",
     "imshow",
     "inference",
+    "k_folds",
     "list_backbones",
     "list_schedulers",
     "load_artifact",
+    "load_folder",
     "load_folders",
+    "load_table",
     "models",
     "plot_history",
     "plots",
@@ -101,8 +117,10 @@ __all__ = [
     "show_batch",
     "show_prediction",
     "show_predictions",
+    "split_dataset",
     "testing",
     "training",
+    "wrap_dataset",
 ]
 
 _ROOMS = (
@@ -119,7 +137,19 @@ _ROOMS = (
 )
 _HOMES = {
     "artifacts": ("load_artifact", "save_artifact"),
-    "data": ("Batch", "ImageDataset", "ImageLoader", "ImageSplits", "load_folders"),
+    "data": (
+        "Batch",
+        "ImageDataset",
+        "ImageLoader",
+        "ImageSplits",
+        "class_weights",
+        "k_folds",
+        "load_folder",
+        "load_folders",
+        "load_table",
+        "split_dataset",
+        "wrap_dataset",
+    ),
     "errors": ("TransferkitError",),
     "images": ("Preprocess", "decode_image"),
     "inference": ("Prediction", "Predictor"),

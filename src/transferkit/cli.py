@@ -71,9 +71,21 @@ def _add_train(commands: Any) -> None:
     parser = commands.add_parser(
         "train",
         help="train on a folder of class folders and save the best epoch",
-        description="Train on DIR/train/CLASS/* and DIR/val/CLASS/*, and save the best epoch.",
+        description="Train on DIR/train/CLASS/* and DIR/val/CLASS/*, on DIR/CLASS/* with "
+        "--val-share, or on a table, and save the best epoch.",
     )
-    parser.add_argument("data", metavar="DIR", type=Path, help="the folder with train/ and val/")
+    parser.add_argument(
+        "data",
+        metavar="DIR",
+        type=Path,
+        help="the folder with train/ and val/ or with the classes, or a .csv or .tsv file",
+    )
+    parser.add_argument(
+        "--val-share",
+        type=float,
+        metavar="F",
+        help="split off that share of each class for validation",
+    )
     parser.add_argument("--backbone", default="resnet18", help="default: %(default)s")
     parser.add_argument(
         "--weights",
@@ -106,15 +118,9 @@ def _add_train(commands: Any) -> None:
     parser.add_argument("--batch-size", type=int, help="default: the recipe's")
     parser.add_argument("--optimizer", help="sgd, adam or adamw; default: the recipe's")
     parser.add_argument("--scheduler", help="default: the recipe's")
+    _add_loading(parser)
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--device", default="auto", help="default: %(default)s")
-    parser.add_argument(
-        "--workers",
-        default="auto",
-        type=_workers,
-        metavar="N",
-        help="processes that load pictures (default: %(default)s)",
-    )
     parser.add_argument(
         "--out",
         type=Path,
@@ -125,6 +131,31 @@ def _add_train(commands: Any) -> None:
     parser.add_argument("--history", type=Path, metavar="FILE", help="write the history as JSON")
     parser.add_argument("--json", action="store_true", help="print the result as JSON, alone")
     parser.set_defaults(run=run_train)
+
+
+def _add_loading(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--augmentation", help="a preset's name; default: the recipe's")
+    parser.add_argument(
+        "--batch-augmentation",
+        metavar="NAME",
+        help="mixup, cutmix or mixup_or_cutmix; default: none",
+    )
+    parser.add_argument(
+        "--balance", choices=("sampler", "weights"), help="make rare classes count; default: no"
+    )
+    parser.add_argument(
+        "--on-error",
+        choices=("raise", "skip"),
+        default="raise",
+        help="what to do about a picture that cannot be read (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--workers",
+        default="auto",
+        type=_workers,
+        metavar="N",
+        help="threads or processes that load pictures (default: %(default)s)",
+    )
 
 
 def _add_predict(commands: Any) -> None:
@@ -171,7 +202,7 @@ def run_train(options: argparse.Namespace) -> int:
     for path in (options.out, options.history):
         if path is not None:
             check_writable(path)
-    data = tk.load_folders(options.data)
+    data = _load(options)
     if not options.json:
         print(data.describe())
     model = tk.build_model(
@@ -191,6 +222,10 @@ def run_train(options: argparse.Namespace) -> int:
         backbone_lr_factor=options.backbone_lr_factor,
         scheduler=options.scheduler,
         batch_size=options.batch_size,
+        augmentation=options.augmentation,
+        batch_augmentation=options.batch_augmentation,
+        balance=options.balance,
+        on_error=options.on_error,
         seed=options.seed,
         device=options.device,
         num_workers=options.workers,
@@ -198,6 +233,17 @@ def run_train(options: argparse.Namespace) -> int:
     )
     history = trainer.fit(options.epochs)
     return _finish_training(trainer, history, options)
+
+
+def _load(options: argparse.Namespace) -> Any:
+    """Load the pictures of a folder or a table."""
+    import transferkit as tk
+
+    if options.data.suffix.lower() in (".csv", ".tsv") and not options.data.is_dir():
+        return tk.load_table(options.data, val=options.val_share, seed=options.seed)
+    if options.val_share is None:
+        return tk.load_folders(options.data)
+    return tk.load_folders(options.data, val=options.val_share, seed=options.seed)
 
 
 def _freeze(values: list[str] | None) -> str | list[str]:

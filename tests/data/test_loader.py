@@ -156,7 +156,7 @@ def test_batches_do_not_depend_on_the_cache(
 def test_a_pass_may_begin_anywhere(
     dataset: ImageDataset, worker_type: Any, num_workers: int
 ) -> None:
-    options = {"shuffle": True, "batch_size": 3, "seed": 1}
+    options: dict[str, Any] = {"shuffle": True, "batch_size": 3, "seed": 1}
     expected = read(dataset, 4, **options)
     loader = ImageLoader(
         dataset, PREPROCESS.train(), num_workers=num_workers, worker_type=worker_type, **options
@@ -517,7 +517,7 @@ def test_skipping_leaves_pictures_out_and_lists_them(
     loader = ImageLoader(
         damaged, PREPROCESS.eval(), batch_size=3, on_error="skip", max_skipped=0.5, **options
     )
-    assert loader.skipped == ()
+    assert list(loader.skipped) == []
     for _ in range(2):
         batches = list(loader.batches())
         indices = [batch.indices.tolist() for batch in batches]
@@ -525,8 +525,8 @@ def test_skipping_leaves_pictures_out_and_lists_them(
     for batch in batches:
         assert batch.images.shape == (len(batch.indices), 3, 8, 8)
         assert batch.targets.tolist() == damaged.targets[batch.indices.numpy()].tolist()
-        for image, index in zip(batch.images, batch.indices.tolist(), strict=True):
-            assert torch.equal(image, PREPROCESS.eval()(damaged[index][0]))
+        for row, index in enumerate(batch.indices.tolist()):
+            assert torch.equal(batch.images[row], PREPROCESS.eval()(damaged[index][0]))
     loader.close()
     assert [each.path for each in loader.skipped] == [damaged.paths[each] for each in (1, 9, 10)]
     assert loader.skipped[0].reason == (
@@ -555,7 +555,7 @@ def test_too_many_skipped_pictures_are_an_error(damaged: ImageDataset) -> None:
 
 
 def test_other_errors_are_never_skipped(dataset: ImageDataset) -> None:
-    with pytest.raises(ConfigError, match="^An augmentation should return "):
+    with pytest.raises(ConfigError, match=r"^An augmentation should return "):
         read(
             dataset,
             0,

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import re
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 
 from transferkit.data import ImageSplits
+from transferkit.data.folders import find_images
 from transferkit.errors import ArtifactError, ConfigError, DataError, ImageError
 from transferkit.images import decode_image
 from transferkit.inference import ClassProbability, Prediction, Predictor
@@ -242,3 +244,25 @@ def test_prediction_as_plain_data() -> None:
         ],
     }
     assert Prediction(top_k).to_dict()["path"] is None
+
+
+TURNS = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}
+"""For each EXIF orientation Pillow's number of the transposition that stores it so."""
+
+
+def test_the_eight_orientations_of_a_photograph_give_one_prediction(photographs: Path) -> None:
+    model = build_model("efficientnet_lite0", 2, seed=1)
+    predictor = Predictor(model, class_names=("ants", "bees"), device="cpu")
+    photograph = Image.open(find_images(photographs / "val" / "bees")[0]).convert("RGB")
+    files = []
+    for orientation, transposition in TURNS.items():
+        stored = photograph
+        if transposition is not None:
+            stored = photograph.transpose(Image.Transpose(transposition))
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        file = io.BytesIO()
+        stored.save(file, "PNG", exif=exif)
+        files.append(file.getvalue())
+    predictions = list(predictor.predict_many(files, batch_size=8))
+    assert len(set(predictions)) == 1
