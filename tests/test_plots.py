@@ -162,6 +162,19 @@ def test_show_augmentations_draws_what_a_training_sees(
     assert not np.array_equal(drawn(cells[1]), drawn(cells[2]))
 
 
+def test_show_augmentations_hands_over_the_layout_of_the_loader() -> None:
+    layouts = []
+
+    def augment(image: torch.Tensor) -> torch.Tensor:
+        layouts.append(image.stride())
+        return image
+
+    preprocess = Preprocess(crop_size=8, resize_size=8)
+    image = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    show_augmentations(image, augment, preprocess=preprocess, num_images=1)
+    assert layouts == [(1, 24, 3)]
+
+
 def test_show_augmentations_stands_the_picture_upright(tmp_path: Path) -> None:
     path = tmp_path / "lying.png"
     exif = Image.Exif()

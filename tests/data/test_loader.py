@@ -3,6 +3,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,19 @@ def assert_equal(found: list[Batch], expected: list[Batch]) -> None:
         assert all(torch.equal(*pair) for pair in zip(one, other, strict=True))
 
 
-WORKER_TYPES = ["thread", *multiprocessing.get_all_start_methods()]
+START_METHODS = multiprocessing.get_all_start_methods()
+# Processes that are not forked import PyTorch anew, each of them for seconds.
+WORKERS = [
+    pytest.param(
+        worker_type,
+        num_workers,
+        marks=pytest.mark.slow
+        if worker_type in ("spawn", "forkserver") and num_workers != 2
+        else (),
+    )
+    for worker_type in ("thread", *START_METHODS)
+    for num_workers in (1, 2, 4)
+]
 
 
 def opaque(image: Tensor) -> Tensor:
@@ -118,8 +131,7 @@ def test_batch_moves_but_for_its_indices() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes:UserWarning")
-@pytest.mark.parametrize("num_workers", [1, 2, 4])
-@pytest.mark.parametrize("worker_type", WORKER_TYPES)
+@pytest.mark.parametrize(("worker_type", "num_workers"), WORKERS)
 @pytest.mark.parametrize("transform", [PREPROCESS.train(), PREPROCESS.train(opaque)])
 def test_batches_do_not_depend_on_the_workers(
     dataset: ImageDataset, num_workers: int, worker_type: Any, transform: Any
@@ -349,6 +361,29 @@ def test_cores_are_those_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -
     assert resolve_num_workers("auto", num_images=1000) == 2
     monkeypatch.setattr(os, "cpu_count", lambda: None)
     assert resolve_num_workers("auto", num_images=1000) == 1
+
+
+def test_threads_that_cannot_start_leave_nothing_waiting(
+    dataset: ImageDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+    started: list[threading.Thread] = []
+
+    def fail_at_the_second(self: threading.Thread) -> None:
+        if self.name.startswith("transferkit-loader"):
+            started.append(self)
+            if len(started) == 2:
+                raise RuntimeError("can't start new thread")
+        start(self)
+
+    before = torch.get_num_threads()
+    monkeypatch.setattr(threading.Thread, "start", fail_at_the_second)
+    loader = ImageLoader(dataset, PREPROCESS.eval(), num_workers=2, worker_type="thread")
+    with pytest.raises(RuntimeError, match=r"^can't start new thread$"):
+        next(loader.batches())
+    started[0].join(timeout=10)
+    assert not started[0].is_alive()
+    assert torch.get_num_threads() == before
 
 
 # Arguments

@@ -163,6 +163,10 @@ def _start_threads(num_workers: int) -> ThreadPoolExecutor:
         for _ in range(num_workers):
             pool.submit(use_one_core)
         barrier.wait()
+    except BaseException:
+        barrier.abort()  # Those that did start would wait for ever.
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
     finally:
         torch.set_num_threads(num_cores)
     return pool
@@ -189,7 +193,8 @@ class ProcessWorkers:
         pin_memory: bool,
     ) -> None:
         self._passes = _Passes(sampler)
-        reader.dataset.share_memory()
+        if (start_method or multiprocessing.get_start_method()) != "fork":
+            reader.dataset.share_memory()  # Forked processes share it as it is.
         self._loader: DataLoader[Any] = DataLoader(
             reader,
             batch_sampler=self._passes,

@@ -9,9 +9,9 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from transferkit._checks import check_callable, check_integer
+from transferkit._checks import check_callable, check_integer, check_type
 from transferkit._seeding import seeded
-from transferkit.data import Batch, ImageDataset, ImageLoader, class_weights
+from transferkit.data import Batch, ImageDataset, ImageLoader, ImageSplits, class_weights
 from transferkit.data.loader import (
     OnError,
     WorkerType,
@@ -20,7 +20,7 @@ from transferkit.data.loader import (
     num_cores,
 )
 from transferkit.errors import ConfigError
-from transferkit.images import Transform, decode_image, make_batch_augmentation
+from transferkit.images import Augmentation, Transform, decode_image, make_batch_augmentation
 from transferkit.models import Classifier
 from transferkit.training.forward import Criterion
 
@@ -95,12 +95,62 @@ class Loading:
             pin_memory=self.device.type == "cuda",
         )
 
+    def phases(
+        self, data: ImageSplits, augmentation: str | Augmentation, *, balanced: bool
+    ) -> tuple[ImageLoader, ImageLoader]:
+        """Make the loaders of the training and the validation phase.
+
+        Args:
+            data: The splits.
+            augmentation: How training pictures are augmented.
+            balanced: Show each class equally often in training.
+        """
+        preprocess = self.model.preprocess
+        share = len(data.train) / (len(data.train) + len(data.val))
+        train = self.loader(
+            data.train,
+            preprocess.train(augmentation),
+            shuffle=True,
+            balanced=balanced,
+            cache_share=share,
+        )
+        return train, self.loader(data.val, preprocess.eval(), cache_share=1 - share)
+
     def _choose_num_workers(self) -> int | Literal["auto"]:
         # A network that computes on the CPU has all cores busy; on few of them workers
         # would only take turns with it.
         if self.num_workers == "auto" and self.device.type == "cpu":
             return 0 if num_cores() < MIN_CORES_FOR_WORKERS else 1
         return self.num_workers
+
+
+def list_skipped(**loaders: ImageLoader) -> list[dict[str, str]]:
+    """Return the pictures that each split's loader left out so far, as plain data."""
+    return [
+        {"split": name, "path": str(each.path), "reason": each.reason}
+        for name, loader in loaders.items()
+        for each in loader.skipped
+    ]
+
+
+def find_split(data: ImageSplits, split: str | ImageDataset) -> ImageDataset:
+    """Return a split by name, or the data set that was given in its place.
+
+    Raises:
+        ConfigError: There is no such split, or the class names differ.
+    """
+    splits = data.named()
+    if isinstance(split, str):
+        if split not in splits:
+            raise ConfigError(f"There is no split `{split}`; there are {', '.join(splits)}.")
+        return splits[split]
+    check_type("split", split, ImageDataset, "the name of a split or an ImageDataset")
+    if split.class_names != data.class_names:
+        raise ConfigError(
+            f"The data set has the classes {list(split.class_names)}, the model was trained "
+            f"on {list(data.class_names)}. They should be the same in the same order."
+        )
+    return split
 
 
 def check_balance(balance: Balance | None, criterion: Criterion | None) -> Balance | None:

@@ -38,6 +38,8 @@ from transferkit.training.loading import (
     BatchTransform,
     Loading,
     check_balance,
+    find_split,
+    list_skipped,
     make_batch_transform,
     make_criterion,
     mix,
@@ -194,7 +196,9 @@ class Trainer:
             on_error=on_error,
             max_skipped=max_skipped,
         )
-        self._train_loader, self._val_loader = self._make_loaders()
+        self._train_loader, self._val_loader = self._loading.phases(
+            data, self._augmentation, balanced=balance == "sampler"
+        )
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
         model.to(self.device).to(memory_format=self._memory_format)
         # Built now to have the errors at the door; `fit` builds its own.
@@ -261,7 +265,7 @@ class Trainer:
             ConfigError: There is no such split, or the class names differ.
             ImageError: A picture cannot be read.
         """
-        dataset = self._find_split(split)
+        dataset = find_split(self.data, split)
         loader = self._loading.loader(dataset, self.model.preprocess.eval())
         try:
             return replace(self._evaluate(loader), skipped=loader.skipped)
@@ -357,38 +361,13 @@ class Trainer:
             self.model.zero_grad(set_to_none=True)
             self._train_loader.close()
             self._val_loader.close()
-            self.history.skipped = self._skipped()
+            self.history.skipped = list_skipped(train=self._train_loader, val=self._val_loader)
             self.history.seconds = time.perf_counter() - start
             self._call("on_fit_end", self.history)
 
     def _call(self, event: str, *arguments: Any) -> None:
         for callback in self._callbacks:
             getattr(callback, event)(self, *arguments)
-
-    def _make_loaders(self) -> tuple[ImageLoader, ImageLoader]:
-        """Return the loaders of the two phases; each may keep its share of the pictures."""
-        train, val = self.data.train, self.data.val
-        share = len(train) / (len(train) + len(val))
-        transform = self.model.preprocess.train(self._augmentation)
-        return (
-            self._loading.loader(
-                train,
-                transform,
-                shuffle=True,
-                balanced=self._balance == "sampler",
-                cache_share=share,
-            ),
-            self._loading.loader(val, self.model.preprocess.eval(), cache_share=1 - share),
-        )
-
-    def _skipped(self) -> list[dict[str, str]]:
-        """Return the pictures that were left out so far, as plain data."""
-        loaders = {"train": self._train_loader, "val": self._val_loader}
-        return [
-            {"split": name, "path": str(each.path), "reason": each.reason}
-            for name, loader in loaders.items()
-            for each in loader.skipped
-        ]
 
     def _make_optimizer(self) -> Optimizer:
         return make_optimizer(
@@ -408,20 +387,6 @@ class Trainer:
             steps_per_epoch=self.steps_per_epoch,
             options=self.recipe.scheduler_options if isinstance(self._scheduler, str) else {},
         )
-
-    def _find_split(self, split: str | ImageDataset) -> ImageDataset:
-        splits = self.data.named()
-        if isinstance(split, str):
-            if split not in splits:
-                raise ConfigError(f"There is no split `{split}`; there are {', '.join(splits)}.")
-            return splits[split]
-        check_type("split", split, ImageDataset, "the name of a split or an ImageDataset")
-        if split.class_names != self.data.class_names:
-            raise ConfigError(
-                f"The data set has the classes {list(split.class_names)}, the model was trained "
-                f"on {list(self.data.class_names)}. They should be the same in the same order."
-            )
-        return split
 
     def _settings(self, num_epochs: int, options: dict[str, Any]) -> dict[str, Any]:
         """Return what this fit was told, as plain data; rates are the optimizer's own."""
