@@ -63,6 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_train(commands)
     _add_predict(commands)
+    _add_check(commands)
     _add_backbones(commands)
     return parser
 
@@ -177,6 +178,40 @@ def _add_predict(commands: Any) -> None:
     parser.add_argument("--device", default="auto", help="default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print a JSON list")
     parser.set_defaults(run=run_predict)
+
+
+def _add_check(commands: Any) -> None:
+    parser = commands.add_parser(
+        "check",
+        help="look for broken, odd and duplicate pictures before training",
+        description="Decode every picture of DIR/train/CLASS/* and DIR/val/CLASS/*, or of "
+        "DIR/CLASS/*, and report what is wrong. The exit code is 1 where errors were found.",
+    )
+    parser.add_argument("data", metavar="DIR", type=Path)
+    for name in ("train", "val", "test"):
+        parser.add_argument(
+            f"--{name}", default=name, metavar="NAME", help=f"the folder of the {name} split"
+        )
+    parser.add_argument(
+        "--near-distance",
+        type=int,
+        default=8,
+        metavar="N",
+        help="bits of 64 in which near duplicates may differ (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--workers",
+        default="auto",
+        type=_workers,
+        metavar="N",
+        help="threads that read pictures (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--strict", action="store_true", help="let warnings count as errors for the exit code"
+    )
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the worst finds as PNG")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.set_defaults(run=run_check)
 
 
 def _add_backbones(commands: Any) -> None:
@@ -298,6 +333,47 @@ def run_predict(options: argparse.Namespace) -> int:
         ranked = "  ".join(f"{each.label} {each.probability:.4f}" for each in prediction.top_k)
         print(f"{prediction.path}  {ranked}")
     return EXIT_OK
+
+
+def run_check(options: argparse.Namespace) -> int:
+    """Run `transferkit check`."""
+    from tqdm import tqdm
+
+    import transferkit as tk
+    from transferkit._files import check_writable
+
+    if options.picture is not None:
+        check_writable(options.picture)
+    report = tk.check_folder(
+        options.data,
+        train=options.train,
+        val=options.val,
+        test=options.test,
+        near_distance=options.near_distance,
+        num_workers=options.workers,
+        # Only on a terminal, and on standard error.
+        watch=lambda facts, total: tqdm(facts, total=total, unit="file", leave=False, disable=None),
+    )
+    print(report.to_json() if options.json else report.describe())
+    if options.picture is not None:
+        _draw_findings(report, options.picture)
+    failed = report.has_errors or (options.strict and report.count("warning") > 0)
+    return EXIT_ERROR if failed else EXIT_OK
+
+
+def _draw_findings(report: Any, path: Path) -> None:
+    """Write the picture; say so where there is nothing to draw."""
+    if not any(each.is_file() for finding in report.findings for each in finding.paths):
+        print("transferkit: no finding is about a file; no picture is drawn", file=sys.stderr)
+        return
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import transferkit as tk
+    from transferkit._files import atomic_path
+
+    with atomic_path(path) as temporary:
+        tk.show_findings(report)[0].figure.savefig(temporary, format="png", dpi=120)
 
 
 def run_backbones(options: argparse.Namespace) -> int:

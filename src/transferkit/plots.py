@@ -6,6 +6,7 @@ calls `show()`, and works without a screen.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -18,8 +19,8 @@ from torch import Tensor
 
 from transferkit._checks import check_callable, check_integer
 from transferkit._seeding import check_seed, seeded
-from transferkit.data import Batch, ImageDataset
-from transferkit.errors import ConfigError, DataError
+from transferkit.data import Batch, DataReport, ImageDataset
+from transferkit.errors import ConfigError, DataError, ImageError
 from transferkit.images import Augmentation, ImageSource, Preprocess, decode_image
 from transferkit.inference import Prediction, Predictor
 from transferkit.models import Classifier
@@ -31,6 +32,7 @@ __all__ = [
     "plot_history",
     "show_augmentations",
     "show_batch",
+    "show_findings",
     "show_prediction",
     "show_predictions",
 ]
@@ -39,6 +41,7 @@ AxesArray: TypeAlias = "npt.NDArray[Any]"
 """An array of Axes, object dtype, in reading order."""
 
 CELL_INCHES = 2.4
+_MAX_OF_ONE_FINDING = 4
 
 
 def imshow(
@@ -128,8 +131,17 @@ def image_grid(
         raise ConfigError(f"Found {len(images)} pictures and {len(titles)} titles.")
     if num_columns < 1:
         raise ConfigError(f"`num_columns` should be at least 1, found {num_columns}.")
-    columns = min(num_columns, len(images))
-    rows = -(-len(images) // columns)
+    cells = _make_grid(len(images), num_columns)
+    for place, (ax, image) in enumerate(zip(cells, images, strict=True)):
+        title = titles[place] if titles is not None else None
+        imshow(image, title=title, preprocess=preprocess, ax=ax)
+    return cells
+
+
+def _make_grid(num_cells: int, num_columns: int) -> AxesArray:
+    """Return so many Axes of a new figure, in reading order."""
+    columns = min(num_columns, num_cells)
+    rows = -(-num_cells // columns)
     _, axes = plt.subplots(
         rows,
         columns,
@@ -137,12 +149,9 @@ def image_grid(
         squeeze=False,
         layout="constrained",
     )
-    for ax in axes.flat[len(images) :]:
+    for ax in axes.flat[num_cells:]:
         ax.remove()
-    cells: AxesArray = axes.flatten()[: len(images)]
-    for place, (ax, image) in enumerate(zip(cells, images, strict=True)):
-        title = titles[place] if titles is not None else None
-        imshow(image, title=title, preprocess=preprocess, ax=ax)
+    cells: AxesArray = axes.flatten()[:num_cells]
     return cells
 
 
@@ -229,6 +238,51 @@ def show_augmentations(
             pictures.append(preprocess.denormalize(view(pixels)))
     titles = ["original", *(f"epoch {epoch}" for epoch in epochs)]
     return image_grid(pictures, titles=titles, num_columns=num_columns)
+
+
+def show_findings(report: DataReport, *, num_images: int = 12, num_columns: int = 4) -> AxesArray:
+    """Draw the files that a check of a folder found fault with, the worst first.
+
+    A file that cannot be read is a grey cell with the reason. Pictures that are there twice
+    stand beside each other.
+
+    Args:
+        report: What `check_folder` returned.
+        num_images: How many files to draw at the most, at least 1.
+        num_columns: Columns of the grid, at least 1.
+
+    Returns:
+        The Axes, in order, titled with what was found and where.
+
+    Raises:
+        DataError: No finding is about a file.
+        ConfigError: A number is out of range.
+    """
+    num_images = check_integer("num_images", num_images, minimum=1)
+    num_columns = check_integer("num_columns", num_columns, minimum=1)
+    shown = [
+        (finding, path)
+        for finding in report.findings
+        for path in finding.paths[:_MAX_OF_ONE_FINDING]
+        if path.is_file()
+    ][:num_images]
+    if not shown:
+        raise DataError("There is nothing to show: no finding is about a file.")
+    cells = _make_grid(len(shown), num_columns)
+    for ax, (finding, path) in zip(cells, shown, strict=True):
+        place = path.relative_to(report.root) if path.is_relative_to(report.root) else path
+        try:
+            imshow(path, ax=ax)
+        except ImageError as error:
+            reason = str(error).removeprefix(f"Cannot read the picture `{path}`: ")
+            ax.set_axis_off()
+            ax.imshow([[[0.85, 0.85, 0.85]]], extent=(0, 1, 0, 1), aspect="auto")
+            words = "\n".join(textwrap.wrap(reason, 24))
+            ax.text(0.5, 0.5, words, ha="center", va="center", fontsize=7, parse_math=False)
+        color = {"error": "firebrick", "warning": "darkorange"}.get(finding.severity, "black")
+        title = "\n".join([finding.kind, *textwrap.wrap(str(place), 30)[-2:]])
+        ax.set_title(title, fontsize=7, color=color, parse_math=False)
+    return cells
 
 
 def show_predictions(

@@ -6,11 +6,13 @@ This room may import `images` and what lies below.
 """
 
 from transferkit.data import ants_bees
+from transferkit.data.check import check_folder
 from transferkit.data.dataset import ImageDataset, ImageSplits, SkippedFile
 from transferkit.data.folders import load_folder, load_folders
 from transferkit.data.loader import ImageLoader
 from transferkit.data.paths import PathArray
 from transferkit.data.reading import Batch
+from transferkit.data.report import DataReport, Finding
 from transferkit.data.sampling import class_weights
 from transferkit.data.splits import k_folds, split_dataset
 from transferkit.data.tables import load_table
@@ -18,12 +20,15 @@ from transferkit.data.wrapping import wrap_dataset
 
 __all__ = [
     "Batch",
+    "DataReport",
+    "Finding",
     "ImageDataset",
     "ImageLoader",
     "ImageSplits",
     "PathArray",
     "SkippedFile",
     "ants_bees",
+    "check_folder",
     "class_weights",
     "k_folds",
     "load_folder",

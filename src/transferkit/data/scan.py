@@ -42,7 +42,7 @@ class Walk:
     def enter(self, folder: str) -> bool:
         """Note a folder; False where it was entered before, by this name or another."""
         try:
-            status = os.stat(folder)
+            status = os.stat(folder)  # noqa: PTH116  no object for each folder
         except OSError as error:
             raise unreadable(folder, error) from error
         key = (status.st_dev, status.st_ino)

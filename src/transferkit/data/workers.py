@@ -66,7 +66,7 @@ class ThreadWorkers:
         self, reader: Reader, sampler: EpochSampler, *, num_workers: int, pin_memory: bool
     ) -> None:
         self._reader, self._sampler, self._pin_memory = reader, sampler, pin_memory
-        self._pool = _start_threads(num_workers)
+        self._pool = start_threads(num_workers)
         self._num_ahead = max(NUM_BATCHES_AHEAD, -(-2 * num_workers // sampler.batch_size))
         # Few enough for all threads to end a batch together, enough not to wake up in vain.
         self._num_rows = max(1, sampler.batch_size // (4 * num_workers))
@@ -143,7 +143,7 @@ class _Pending:
             future.cancel()
 
 
-def _start_threads(num_workers: int) -> ThreadPoolExecutor:
+def start_threads(num_workers: int) -> ThreadPoolExecutor:
     """Start threads in which PyTorch computes with one core each.
 
     Otherwise each of them would use all cores, and get in the way of the others.

@@ -34,6 +34,12 @@ _PRESETS.add("strong", StrongView)
 def make_augmentation(name: str, *, size: int, interpolation: str = "bilinear") -> Augmentation:
     """Build the augmentation preset called `name`.
 
+    It does not change its input, can be pickled and says what it does by `describe()`.
+    "tutorial", "light" and "none" are seedable (`is_seedable`): they take any number of
+    channels C, and draw from the `generator` that they are given, without one from PyTorch's
+    global one. The others take 1 or 3 channels and draw from PyTorch's global generator, so
+    that they run one at a time where threads load the pictures.
+
     Args:
         name: Which one; `describe_augmentation` tells its numbers.
 
@@ -49,12 +55,7 @@ def make_augmentation(name: str, *, size: int, interpolation: str = "bilinear") 
         interpolation: "bilinear" or "bicubic", antialiased.
 
     Returns:
-        A callable from uint8 `(C, H, W)` to uint8 `(C, size, size)` that does not change its
-        input, can be pickled and says what it does by `describe()`. "tutorial", "light" and
-        "none" are seedable (`is_seedable`): they take any number of channels C, and their
-        randomness comes from a `generator` that may be given, else from PyTorch's global
-        one. The others take 1 or 3 channels and draw from PyTorch's global generator, so
-        that they run one at a time where threads load the pictures.
+        A callable from uint8 `(C, H, W)` to uint8 `(C, size, size)`.
 
     Raises:
         UnknownNameError: No preset has this name.

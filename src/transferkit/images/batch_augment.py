@@ -141,6 +141,11 @@ def make_batch_augmentation(
 ) -> BatchAugmentation:
     """Build the batch augmentation called `name`.
 
+    It is called with images float32 `(N, C, h, w)` and targets int64 `(N,)`, changes neither,
+    and returns mixed images of the same shape and soft targets float32 `(N, num_classes)`.
+    Each picture is mixed with the one before it, and a batch of one comes back as it is. Its
+    randomness comes from PyTorch's global generator of the CPU.
+
     Args:
         name: "mixup" adds to each picture another one, weighted; "cutmix" puts a box of
             another one into it; "mixup_or_cutmix" does either, with probability 0.5 each.
@@ -150,8 +155,7 @@ def make_batch_augmentation(
             alike. None takes 0.2 for mixup and 1 for CutMix.
 
     Returns:
-        A callable from images float32 `(N, C, h, w)` and targets int64 `(N,)` to mixed images
-        and soft targets float32 `(N, num_classes)`.
+        The callable; it can be pickled.
 
     Raises:
         UnknownNameError: There is no batch augmentation of that name.
