@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from PIL import Image
 from torchvision.transforms import v2
 
-from transferkit.data import Batch, ImageDataset, ImageLoader, ImageSplits
+from transferkit.data import Batch, ImageDataset, ImageLoader, ImageSplits, check_folder
 from transferkit.errors import ConfigError, DataError
 from transferkit.images import Preprocess
 from transferkit.inference import ClassProbability, Prediction, Predictor
@@ -23,9 +23,11 @@ from transferkit.plots import (
     plot_history,
     show_augmentations,
     show_batch,
+    show_findings,
     show_prediction,
     show_predictions,
 )
+from transferkit.testing import make_image_folder
 from transferkit.training import EpochRecord, History
 
 
@@ -283,3 +285,28 @@ def test_plot_history_without_records() -> None:
     message = "The history has no record: no epoch was completed."
     with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
         plot_history(History())
+
+
+def test_findings_are_drawn_the_worst_first(tiny_folder: Path) -> None:
+    broken = tiny_folder / "train" / "red" / "000.png"
+    broken.write_bytes(b"no picture")
+    twin = tiny_folder / "val" / "red" / "twin.png"
+    twin.write_bytes((tiny_folder / "train" / "red" / "001.png").read_bytes())
+    report = check_folder(tiny_folder)
+    cells = show_findings(report, num_images=3, num_columns=2)
+    assert [ax.get_title() for ax in cells] == [
+        "broken\ntrain/red/000.png",
+        "leak\ntrain/red/001.png",
+        "leak\nval/red/twin.png",
+    ]
+    assert cells[0].texts[0].get_text().replace("\n", " ") == (
+        "it is not a JPEG, PNG, WEBP, BMP, GIF or TIFF file, whatever its name says."
+    )
+    assert not cells[1].texts
+
+
+def test_findings_about_no_file_cannot_be_drawn(tmp_path: Path) -> None:
+    root = make_image_folder(tmp_path / "good", num_train=10, num_val=2)
+    with pytest.raises(DataError) as error:
+        show_findings(check_folder(root))
+    assert str(error.value) == "There is nothing to show: no finding is about a file."

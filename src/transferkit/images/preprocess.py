@@ -136,8 +136,9 @@ mean (0.485, 0.456, 0.406), std (0.229, 0.224, 0.225)
         Args:
             augmentation: A preset's name (`list_augmentations()` names them) or any
                 callable from uint8 `(C, H, W)` to uint8 `(C, crop_size, crop_size)`,
-                such as a torchvision v2 transform. Its randomness comes from PyTorch's
-                global generator, which the loader seeds by (seed, epoch, index).
+                such as a torchvision v2 transform. One that is seedable (`is_seedable`) is
+                given a generator by the loader, seeded by (seed, epoch, index); others draw
+                from the global generators, which the loader seeds so.
 
         Returns:
             A callable from uint8 `(C, H, W)` to float32 `(C, crop_size, crop_size)`.
