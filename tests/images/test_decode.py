@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -358,3 +360,70 @@ def test_truncation_at_any_place_is_an_image_error(image_format: str, decoder: A
     for length in range(0, len(data) // 2, max(1, len(data) // 40)):
         with pytest.raises(ImageError, match=r"^Cannot read the picture `\d+ bytes`: "):
             decode_image(data[:length], decoder=decoder)
+
+
+# 16-bit colour
+
+
+def crc(content: bytes) -> bytes:
+    return struct.pack(">I", zlib.crc32(content))
+
+
+def png_of_16_bits(pixels: Pixels) -> bytes:
+    """Return a PNG file of 16-bit RGB or RGBA, which Pillow cannot write."""
+    height, width, channels = pixels.shape
+    color = {3: 2, 4: 6}[channels]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 16, color, 0, 0, 0)),
+        (b"IDAT", zlib.compress(rows)),
+        (b"IEND", b""),
+    ]
+    body = b"".join(
+        struct.pack(">I", len(content)) + (whole := kind + content) + crc(whole)
+        for kind, content in chunks
+    )
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def tiff_of_16_bits(pixels: Pixels) -> bytes:
+    """Return an uncompressed TIFF file of 16-bit RGB."""
+    height, width, _ = pixels.shape
+    data = pixels.astype("<u2").tobytes()
+    values = [(256, 3, 1, width), (257, 3, 1, height), (258, 3, 3, 8 + len(data)), (259, 3, 1, 1)]
+    values += [(262, 3, 1, 2), (273, 4, 1, 8), (277, 3, 1, 3), (278, 3, 1, height)]
+    values += [(279, 4, 1, len(data))]
+    place = 8 + len(data) + 6
+    head = b"II*\0" + struct.pack("<I", place)
+    entries = b"".join(struct.pack("<HHII", *entry) for entry in values)
+    bits = struct.pack("<HHH", 16, 16, 16)
+    return head + data + bits + struct.pack("<H", len(values)) + entries + bytes(4)
+
+
+@pytest.mark.parametrize("write", [png_of_16_bits, tiff_of_16_bits])
+def test_sixteen_bit_colour_is_scaled_not_clipped(write: Callable[[Pixels], bytes]) -> None:
+    pixels = np.random.default_rng(0).integers(0, 65536, (5, 7, 3))
+    found = as_pixels(decode_image(write(pixels)))
+    np.testing.assert_array_equal(found, pixels >> 8)
+    assert np.abs(found - pixels / 257).max() < 1
+
+
+def test_transparent_sixteen_bit_colour_lies_on_white() -> None:
+    pixels = np.random.default_rng(0).integers(0, 65536, (5, 7, 4))
+    found = as_pixels(decode_image(png_of_16_bits(pixels)))
+    alpha = pixels[:, :, 3:] / 65535
+    expected = pixels[:, :, :3] / 257 * alpha + 255 * (1 - alpha)
+    assert np.abs(found - expected).max() < 2.5
+
+
+def test_transparent_colour_of_16_bits_is_refused() -> None:
+    data = png_of_16_bits(np.full((2, 2, 3), 1000))
+    transparency = b"\0\0\0\x06tRNS" + struct.pack(">HHH", 1000, 1000, 1000)
+    transparency += struct.pack(">I", zlib.crc32(transparency[4:]))
+    data = data[:33] + transparency + data[33:]
+    with pytest.raises(ImageError) as error:
+        decode_image(data)
+    assert str(error.value) == (
+        f"Cannot read the picture `{len(data)} bytes`: it has 16-bit colours of which one is "
+        f"transparent, which 8 bits cannot tell from its neighbours. Convert it to 8 bits."
+    )

@@ -395,3 +395,10 @@ def test_decoder_that_does_not_exist_is_an_error() -> None:
     with pytest.raises(ConfigError) as error:
         Preprocess(max_pixels=0)
     assert str(error.value) == "`max_pixels` should be an integer of at least 1, found 0."
+
+
+@pytest.mark.parametrize("resize_mode", ["shorter", "squash"])
+def test_a_single_pixel_can_be_seen(resize_mode: Any) -> None:
+    pixels = torch.full((3, 30, 40), 128, dtype=torch.uint8)
+    preprocess = Preprocess(crop_size=1, resize_size=1, resize_mode=resize_mode)
+    assert torch.equal(preprocess.eval()(pixels), preprocess.normalize(pixels[:, :1, :1]))

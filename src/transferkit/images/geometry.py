@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 MAX_SIDE_RATIO = 32
@@ -26,3 +27,23 @@ def trim_extreme(image: Tensor) -> Tensor:
         return image
     trimmed: Tensor = F.center_crop(image, [min(height, limit), min(width, limit)])
     return trimmed
+
+
+def resize(image: Tensor, size: list[int], interpolation: str) -> Tensor:
+    """Resize like torchvision, antialiased, to one pixel too.
+
+    Args:
+        image: uint8 `(C, H, W)`.
+        size: Height and width in pixels, or the shorter side alone.
+        interpolation: "bilinear" or "bicubic".
+
+    Returns:
+        uint8 `(C, h, w)`.
+    """
+    if max(size) == 1 and image.is_contiguous():
+        # Of three channels one after the other PyTorch cannot make a single pixel, but fails
+        # with an internal error. Interleaved ones it can.
+        image = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    mode = InterpolationMode(interpolation)
+    resized: Tensor = F.resize(image, size, interpolation=mode, antialias=True)
+    return resized

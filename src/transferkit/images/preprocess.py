@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from transferkit._checks import check_integer
@@ -23,7 +22,7 @@ from transferkit.images.decode import (
     ImageSource,
     check_decoding,
 )
-from transferkit.images.geometry import trim_extreme
+from transferkit.images.geometry import resize, trim_extreme
 from transferkit.images.seedable import is_seedable
 
 Transform: TypeAlias = "Callable[[Tensor], Tensor]"
@@ -253,9 +252,8 @@ class _EvalTransform:
         spec = self.preprocess
         squash = spec.resize_mode == "squash"
         size = [spec.resize_size, spec.resize_size] if squash else [spec.resize_size]
-        mode = InterpolationMode(spec.interpolation)
         image = image if squash else trim_extreme(image)
-        image = F.resize(image, size, interpolation=mode, antialias=True)
+        image = resize(image, size, spec.interpolation)
         return spec.normalize(F.center_crop(image, [spec.crop_size, spec.crop_size]))
 
 

@@ -8,12 +8,11 @@ from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
-from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from transferkit._checks import check_integer
 from transferkit.errors import ConfigError
-from transferkit.images.geometry import trim_extreme
+from transferkit.images.geometry import resize, trim_extreme
 
 INTERPOLATIONS = ("bilinear", "bicubic")
 
@@ -75,7 +74,7 @@ class CentreView(View):
 
     def __call__(self, image: Tensor, generator: Generator | None = None) -> Tensor:
         """Return the view, uint8 `(C, size, size)`, of a picture, uint8 `(C, H, W)`."""
-        image = _resize(trim_extreme(image), [self.size], self.interpolation)
+        image = resize(trim_extreme(image), [self.size], self.interpolation)
         view: Tensor = F.center_crop(image, [self.size, self.size])
         return view
 
@@ -145,7 +144,7 @@ def crop_and_flip(
     """
     top, left, height, width = draw_box(image.shape[-2], image.shape[-1], scale, generator)
     image = F.crop(image, top, left, height, width)
-    image = _resize(image, [view.size, view.size], view.interpolation)
+    image = resize(image, [view.size, view.size], view.interpolation)
     if torch.rand(1, generator=generator) < FLIP_PROBABILITY:
         image = F.horizontal_flip(image)
     return image
@@ -224,14 +223,3 @@ def _draw(low: float, high: float, generator: Generator | None) -> Tensor:
 
 def _draw_integer(count: int, generator: Generator | None) -> int:
     return int(torch.randint(0, count, size=(1,), generator=generator).item())
-
-
-def _resize(image: Tensor, size: list[int], interpolation: str) -> Tensor:
-    """Resize like torchvision, to one pixel too."""
-    if max(size) == 1 and image.is_contiguous():
-        # Of three channels one after the other PyTorch cannot make a single pixel, but fails
-        # with an internal error. Interleaved ones it can.
-        image = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
-    mode = InterpolationMode(interpolation)
-    resized: Tensor = F.resize(image, size, interpolation=mode, antialias=True)
-    return resized
