@@ -64,10 +64,14 @@ def test_weights_do_not_depend_on_how_pictures_are_loaded(
 def test_on_the_cpu_a_small_machine_keeps_its_cores_for_the_network(
     make: Make, monkeypatch: pytest.MonkeyPatch, tiny_splits: ImageSplits
 ) -> None:
-    for cores, expected in ((2, 0), (3, 0), (4, 1), (64, 1)):
+    many = tiny_splits.train.subset(list(range(16)) * 5)
+    data = ImageSplits(many, tiny_splits.val)
+    for cores, expected in ((1, 0), (2, 1), (64, 1)):
         monkeypatch.setattr("transferkit.training.loading.num_cores", lambda cores=cores: cores)
-        assert make()._train_loader.num_workers == expected
-    assert make(num_workers=3)._train_loader.num_workers == 3
+        trainer = make(data)
+        assert trainer._train_loader.num_workers == expected
+        assert trainer._val_loader.num_workers == 0  # A handful of pictures.
+    assert make(num_workers=3)._val_loader.num_workers == 3
 
 
 # Broken pictures

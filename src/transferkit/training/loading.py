@@ -18,6 +18,7 @@ from transferkit.data.loader import (
     check_on_error,
     check_share,
     num_cores,
+    resolve_num_workers,
 )
 from transferkit.errors import ConfigError
 from transferkit.images import Augmentation, Transform, decode_image, make_batch_augmentation
@@ -30,7 +31,6 @@ BatchTransform: TypeAlias = "Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]"
 Balance: TypeAlias = Literal["sampler", "weights"]
 
 DEFAULT_CACHE_BYTES = 2**29
-MIN_CORES_FOR_WORKERS = 4
 
 # Keeps the draws for a whole batch apart from those for its pictures.
 _BATCH_DRAWS = 2**32
@@ -87,7 +87,7 @@ class Loading:
             shuffle=shuffle,
             balanced=balanced,
             seed=self.seed,
-            num_workers=self._choose_num_workers(),
+            num_workers=self._choose_num_workers(len(dataset)),
             worker_type=self.worker_type,
             cache_bytes=int(self.cache_bytes * cache_share),
             on_error=self.on_error,
@@ -116,11 +116,11 @@ class Loading:
         )
         return train, self.loader(data.val, preprocess.eval(), cache_share=1 - share)
 
-    def _choose_num_workers(self) -> int | Literal["auto"]:
-        # A network that computes on the CPU has all cores busy; on few of them workers
-        # would only take turns with it.
+    def _choose_num_workers(self, num_images: int) -> int | Literal["auto"]:
+        # A network that computes on the CPU has all cores busy, but for the gaps between its
+        # layers: one worker fills them, more would take turns with it.
         if self.num_workers == "auto" and self.device.type == "cpu":
-            return 0 if num_cores() < MIN_CORES_FOR_WORKERS else 1
+            return min(1, resolve_num_workers("auto", num_images=num_images), num_cores() - 1)
         return self.num_workers
 
 
