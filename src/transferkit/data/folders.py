@@ -78,8 +78,9 @@ def load_folders(
     exclude = check_exclude(exclude)
     if not isinstance(val, str):
         shares = check_shares(val, 0.0 if test == "test" else test)
+        check_seed(seed)
         dataset = load_folder(folder, exclude=exclude)
-        return split_dataset(dataset, val=shares[0], test=shares[1], seed=check_seed(seed))
+        return split_dataset(dataset, val=shares[0], test=shares[1], seed=seed)
     for name, value in (("train", train), ("val", val), ("test", test)):
         if not isinstance(value, str) or not value:
             raise ConfigError(f"`{name}` should be the name of a folder, found {value!r}.")
@@ -166,7 +167,8 @@ def _check_split_folders(root: Path, names: Sequence[str]) -> None:
     for name in names:
         if not (root / name).is_dir():
             found = _class_names(root)
-            hint = " To split class folders, pass `val=0.2`." if len(found) > 1 else ""
+            is_unsplit = name == names[0] and len(found) > 1
+            hint = " To split class folders, pass `val=0.2`." if is_unsplit else ""
             raise DataError(
                 f"The data folder `{root}` has no subfolder `{name}`; it has "
                 f"{found or 'no subfolders'}. Expected {_LAYOUT}.{hint}"

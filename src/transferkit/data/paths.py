@@ -136,10 +136,14 @@ class PathBuilder:
         """Add files of a folder, in their order."""
         prefix = os.path.join(folder, "") if folder else ""  # noqa: PTH118  as a text
         number = self._prefixes.setdefault(prefix, len(self._prefixes))
-        encoded = [os.fsencode(name) for name in names]
-        self._names += b"".join(encoded)
-        self._sizes.append(np.fromiter(map(len, encoded), np.int64, len(encoded)))
-        self._folders.append(np.full(len(encoded), number, np.int32))
+        joined = "".join(names)
+        # Nearly all names are ASCII, and then as many bytes as letters.
+        sizes: Iterable[int] = map(len, names)
+        if not joined.isascii():
+            sizes = [len(os.fsencode(name)) for name in names]
+        self._names += os.fsencode(joined)
+        self._sizes.append(np.fromiter(sizes, np.int64, len(names)))
+        self._folders.append(np.full(len(names), number, np.int32))
 
     def build(self) -> PathArray:
         """Return the paths."""

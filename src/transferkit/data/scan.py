@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
-from fnmatch import fnmatchcase
+from fnmatch import translate
 from pathlib import Path
 
 from transferkit.data.dataset import SkippedFile
@@ -35,7 +35,7 @@ class Walk:
     """
 
     def __init__(self, exclude: Sequence[str]) -> None:
-        self.exclude = exclude
+        self._patterns = [(each, re.compile(translate(each)).match) for each in exclude]
         self.skipped: list[SkippedFile] = []
         self._entered: set[tuple[int, int]] = set()
 
@@ -67,34 +67,38 @@ class Walk:
         """Return the names of a folder's pictures and subfolders, sorted; note the rest."""
         pictures, subfolders, others = [], [], []
         for entry in entries(folder):
-            if is_hidden(entry.name):
+            name = entry.name
+            if is_hidden(name):
                 continue
-            if is_folder(entry):
-                subfolders.append(entry.name)
-            elif reason := reason_to_skip(entry, self.exclude):
-                others.append((entry.name, reason))
+            reason = self._reason_to_skip(entry)
+            if reason is None:
+                pictures.append(name)
+            elif is_folder(entry):
+                subfolders.append(name)
             else:
-                pictures.append(entry.name)
+                others.append((name, reason))
         for name, reason in sorted(others):
             self._skip(folder, name, reason)
         return sorted(pictures), sorted(subfolders)
 
+    def _reason_to_skip(self, entry: os.DirEntry[str]) -> str | None:
+        """Return why an entry is no candidate; None where it is one."""
+        name = entry.name
+        for pattern, matches in self._patterns:
+            if matches(name):
+                return f"excluded by `{pattern}`"
+        # As `os.path.splitext` has it, whose calls would take a third of the scan.
+        place = name.rfind(".")
+        extension = name[place:] if place > 0 else ""
+        if extension.lower() not in EXTENSIONS:
+            return f"no picture by its extension `{extension}`"
+        try:
+            return None if entry.is_file() else "no regular file"
+        except OSError:  # Links that lead round in a circle.
+            return "no regular file"
+
     def _skip(self, folder: str, name: str, reason: str) -> None:
         self.skipped.append(SkippedFile(Path(folder, name), reason))
-
-
-def reason_to_skip(entry: os.DirEntry[str], exclude: Sequence[str]) -> str | None:
-    """Return why a file is no candidate; None where it is one."""
-    for pattern in exclude:
-        if fnmatchcase(entry.name, pattern):
-            return f"excluded by `{pattern}`"
-    extension = os.path.splitext(entry.name)[1]  # noqa: PTH122  no object for each name
-    if extension.lower() not in EXTENSIONS:
-        return f"no picture by its extension `{extension}`"
-    try:
-        return None if entry.is_file() else "no regular file"
-    except OSError:  # Links that lead round in a circle.
-        return "no regular file"
 
 
 def entries(folder: str) -> Iterator[os.DirEntry[str]]:

@@ -88,7 +88,7 @@ def load_table(
         rows = _read_rows(_to_records(table, columns), columns, first=1)
     if not rows:
         raise DataError("The table has no rows.")
-    rows = [row._replace(path=os.path.join(base, row.path)) for row in rows]  # noqa: PTH118
+    rows = [row._replace(path=str(base / row.path)) for row in rows]
     _check_files(rows)
     has_split = [row.split is not None for row in rows]
     if not any(has_split):
