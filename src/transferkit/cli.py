@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -366,9 +367,7 @@ def _draw_findings(report: Any, path: Path) -> None:
     if not any(each.is_file() for finding in report.findings for each in finding.paths):
         print("transferkit: no finding is about a file; no picture is drawn", file=sys.stderr)
         return
-    import matplotlib as mpl
-
-    mpl.use("Agg")
+    os.environ.setdefault("MPLBACKEND", "Agg")  # A file is written; no window is needed.
     import transferkit as tk
     from transferkit._files import atomic_path
 
