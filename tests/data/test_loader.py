@@ -645,6 +645,12 @@ def test_picture_that_comes_again_is_augmented_anew(tiny_splits: ImageSplits) ->
     assert not any(torch.equal(rare[0], other) for other in rare[1:])
 
 
+def test_no_pictures_give_no_batches(dataset: ImageDataset) -> None:
+    nothing = dataset.subset([])
+    for options in ({}, {"balanced": True}, {"num_workers": 2, "worker_type": "thread"}):
+        assert read(nothing, 0, shuffle=True, **options) == []
+
+
 def test_balance_needs_an_order_to_draw(dataset: ImageDataset) -> None:
     with pytest.raises(ConfigError) as error:
         ImageLoader(dataset, PREPROCESS.eval(), balanced=True)

@@ -96,8 +96,10 @@ def balanced_order(targets: npt.NDArray[np.int64], rng: np.random.Generator) -> 
     Returns:
         Indices int64 `(N,)`, and for each how often it came before.
     """
+    if not len(targets):
+        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
     classes = np.unique(targets)
-    shares = np.full(len(classes), len(targets) // max(1, len(classes)))
+    shares = np.full(len(classes), len(targets) // len(classes))
     shares[rng.permutation(len(classes))[: len(targets) - int(shares.sum())]] += 1
     indices, repeats = [], []
     for label, share in zip(classes, shares, strict=True):
