@@ -78,8 +78,6 @@ class PathArray(Sequence[Path]):
             one == another for one, another in zip(self, other, strict=True)
         )
 
-    __hash__ = None  # type: ignore[assignment]
-
     def __repr__(self) -> str:
         return f"PathArray({len(self)} paths)"
 

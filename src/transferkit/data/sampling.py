@@ -106,7 +106,7 @@ def balanced_order(targets: npt.NDArray[np.int64], rng: np.random.Generator) -> 
         members = np.flatnonzero(targets == label)
         num_rounds = -(-int(share) // len(members))
         rounds = [rng.permutation(members) for _ in range(num_rounds)]
-        indices.append(np.concatenate([*rounds, members[:0]])[:share])
+        indices.append(np.concatenate(rounds)[:share])
         repeats.append(np.repeat(np.arange(num_rounds), len(members))[:share])
     mix = rng.permutation(len(targets))
     return np.concatenate(indices)[mix], np.concatenate(repeats)[mix]

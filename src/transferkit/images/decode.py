@@ -34,9 +34,9 @@ from transferkit.images._headers import (
 )
 from transferkit.images._pillow import TooLargeError, check_size, decode_with_pillow, to_rgb
 
+_Encoded: TypeAlias = "bytes | bytearray | memoryview | BinaryIO"
 ImageSource: TypeAlias = (
-    "str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | Image.Image "
-    "| npt.NDArray[np.uint8] | Tensor"
+    "str | os.PathLike[str] | _Encoded | Image.Image | npt.NDArray[np.uint8] | Tensor"
 )
 """Whatever a picture may come as: path, bytes of a file, an open binary file, PIL image,
 array (H, W, 3), tensor (3, H, W)."""
