@@ -45,7 +45,7 @@ class LocalCache:
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
-        self.num_bytes = 0
+        self.num_bytes: int = 0
         self._pictures: dict[int, Tensor] = {}
         self._lock = threading.Lock()
 
@@ -83,7 +83,7 @@ class SharedCache:
     def __init__(
         self, num_images: int, budget: int, context: multiprocessing.context.BaseContext
     ) -> None:
-        self.budget = min(budget, _free_shared_memory())
+        self.budget: int = min(budget, _free_shared_memory())
         self._memory = SharedMemory(create=True, size=max(1, self.budget))
         # Row by picture: where its pixels begin (-1: not kept), channels, height, width. The
         # row behind the last holds the number of bytes used.

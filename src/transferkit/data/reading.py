@@ -87,8 +87,10 @@ class Reader(Dataset[Any]):
         seed: int,
         cache: PixelCache | None = None,
     ) -> None:
-        self.dataset, self.transform = dataset.with_transform(None), transform
-        self.seed, self.cache = seed, cache
+        self.dataset: ImageDataset = dataset.with_transform(None)
+        self.transform: Transform = transform
+        self.seed: int = seed
+        self.cache: PixelCache | None = cache
         self.is_seedable: bool = is_seedable(transform)
 
     def pixels(self, index: int) -> Tensor:
@@ -129,7 +131,8 @@ class BatchBuilder:
     """
 
     def __init__(self, reader: Reader, keys: Sequence[Key], *, pin_memory: bool = False) -> None:
-        self.reader, self.keys = reader, keys
+        self.reader: Reader = reader
+        self.keys: Sequence[Key] = keys
         self.failures: dict[int, Failure] = {}
         self._pin_memory = pin_memory
         self._images: Tensor | None = None

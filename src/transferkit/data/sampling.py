@@ -52,8 +52,11 @@ class EpochSampler:
         balanced: bool,
         seed: int,
     ) -> None:
-        self.targets, self.batch_size = targets, batch_size
-        self.shuffle, self.balanced, self.seed = shuffle, balanced, seed
+        self.targets: npt.NDArray[np.int64] = targets
+        self.batch_size: int = batch_size
+        self.shuffle: bool = shuffle
+        self.balanced: bool = balanced
+        self.seed: int = seed
 
     def __len__(self) -> int:
         return -(-len(self.targets) // self.batch_size)
