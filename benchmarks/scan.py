@@ -31,7 +31,7 @@ def resident():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * resource.getpagesize()
 
-before, highest = resident(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = resident()
 start = time.perf_counter()
 dataset = scan(root)
 seconds = time.perf_counter() - start

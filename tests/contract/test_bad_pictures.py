@@ -315,18 +315,23 @@ TEXT_BOMBS = {
 MEMORY_LIMIT = 3 * 2**30
 _CHILD = f"""
 import resource, sys
+from pathlib import Path
 from transferkit.errors import ImageError
 from transferkit.images import decode_image
 resource.setrlimit(resource.RLIMIT_DATA, ({MEMORY_LIMIT}, {MEMORY_LIMIT}))
 data = sys.stdin.buffer.read()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+def peak_kib():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
+
+before = peak_kib()
 for decoder in ("torchvision", "pillow"):
     try:
         print(tuple(decode_image(data, decoder=decoder).shape))
     except ImageError as error:
         print(error)
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print((after - before) // 1024 < 128)
+print((peak_kib() - before) // 1024 < 128)
 """
 
 
