@@ -296,3 +296,32 @@ def test_a_single_class() -> None:
 def test_share_out_of_range() -> None:
     with pytest.raises(ConfigError, match=r"^`val` should be a finite number in \(0, 1\)"):
         load_table([row[:2] for row in ROWS], val=2)
+
+
+def test_column_that_is_there_twice() -> None:
+    table = write("t.csv", [("a.png", "x", "y")], header=("path", "label", "label"))
+    assert (
+        fails(table) == "The table `t.csv` has the columns ['label'] more than once. Rename them."
+    )
+
+
+def test_row_with_too_many_values() -> None:
+    Path("t.csv").write_text("path,label\na.png,x\nb.png,y,z\n")
+    assert fails("t.csv", val=0.5) == (
+        "Row 3 of the table `t.csv` has more values than the header has columns (2). Put a value "
+        "with a comma into quotes."
+    )
+
+
+@pytest.mark.parametrize("path", ["a\0.png", "a\ud800.png"])
+def test_path_that_no_file_can_have(path: str) -> None:
+    assert fails([ROWS[0], (path, "9", "train")]) == (
+        f"Row 2 of the table should have a usable path as `path`, found {path!r}."
+    )
+
+
+def test_labels_of_many_digits_keep_their_order() -> None:
+    labels = ["9" * 5000, "1" + "0" * 5000]
+    rows = [(f"{name}.png", label, split) for name, label, split in
+            zip("abcd", labels * 2, ("train", "train", "val", "val"), strict=True)]  # fmt: skip
+    assert load_table(rows[::-1]).class_names == tuple(labels)

@@ -62,6 +62,15 @@ def test_given_targets_come_first_and_names_are_numbers() -> None:
     assert dataset.class_names == ("0", "1", "2")
 
 
+def test_a_part_knows_the_classes_of_the_whole() -> None:
+    source = Labelled("targets")
+    part: Subset[Any] = Subset(Subset(source, [2, 1]), [0])  # type: ignore[arg-type]
+    dataset = wrap_dataset(part)
+    assert source.num_read == 0
+    assert dataset.class_names == ("zebra", "ant")
+    assert dataset.targets.tolist() == [1]
+
+
 class Stream(IterableDataset[Any]):
     def __iter__(self) -> Any:
         return iter(())

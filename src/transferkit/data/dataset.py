@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -230,7 +231,7 @@ def check_class_names(class_names: Sequence[str]) -> tuple[str, ...]:
     is_list = isinstance(class_names, Sequence) and not isinstance(class_names, (str, bytes))
     if not is_list or not all(isinstance(name, str) for name in class_names):
         raise DataError(f"`class_names` should be a list of texts, found {class_names!r:.80}.")
-    twice = sorted({name for name in class_names if class_names.count(name) > 1})
+    twice = sorted(name for name, number in Counter(class_names).items() if number > 1)
     if twice:
         raise DataError(f"`class_names` should name each class once, found {twice} more often.")
     for name in class_names:

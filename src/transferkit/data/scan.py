@@ -153,7 +153,12 @@ def natural_key(name: str) -> tuple[list[tuple[int, int, str]], str]:
         ['9', '10', 'a2', 'a10']
     """
     parts = re.findall(r"[0-9]+|[^0-9]+", name)
-    key = [
-        (0, int(part), "") if part.isascii() and part.isdigit() else (1, 0, part) for part in parts
-    ]
-    return key, name
+    return [_part_key(part) for part in parts], name
+
+
+def _part_key(part: str) -> tuple[int, int, str]:
+    if not (part.isascii() and part.isdigit()):
+        return 1, 0, part
+    # Of numbers without zeros in front the longer is the larger; `int` refuses very long ones.
+    digits = part.lstrip("0")
+    return 0, len(digits), digits

@@ -105,12 +105,29 @@ def _read_csv(file: Path) -> list[dict[str, Any]]:
     try:
         with file.open(newline="", encoding="utf-8-sig") as stream:
             delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
-            return list(csv.DictReader(stream, delimiter=delimiter, strict=True))
+            reader = csv.DictReader(stream, delimiter=delimiter, strict=True)
+            return _check_columns(file, reader.fieldnames or (), list(reader))
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise DataError(f"Cannot read the table `{file}`: {reason}.") from error
     except (csv.Error, UnicodeDecodeError) as error:
         raise DataError(f"Cannot read the table `{file}`: it is no CSV file ({error}).") from error
+
+
+def _check_columns(
+    file: Path, names: Sequence[str], rows: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Refuse what would shift values without a word: a column twice, a row that is too long."""
+    twice = sorted({name for name in names if list(names).count(name) > 1})
+    if twice:
+        raise DataError(f"The table `{file}` has the columns {twice} more than once. Rename them.")
+    for number, row in enumerate(rows, start=2):
+        if None in row:
+            raise DataError(
+                f"Row {number} of the table `{file}` has more values than the header has columns "
+                f"({len(names)}). Put a value with a comma into quotes."
+            )
+    return rows
 
 
 def _to_records(table: Any, columns: tuple[str, str, str]) -> list[dict[str, Any]]:
@@ -168,7 +185,16 @@ def _read_rows(
 def _check_path_value(value: Any, number: int, column: str) -> str:
     if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
         raise DataError(f"Row {number} of the table should have a `{column}`, found {value!r}.")
-    return str(os.fspath(value))
+    path = str(os.fspath(value))
+    try:
+        usable = "\0" not in path and bool(os.fsencode(path))
+    except UnicodeEncodeError:
+        usable = False
+    if not usable:
+        raise DataError(
+            f"Row {number} of the table should have a usable path as `{column}`, found {path!r}."
+        )
+    return path
 
 
 def _check_label(value: Any, number: int, column: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, Subset
 
 from transferkit.data.dataset import ImageDataset
 from transferkit.errors import DataError
@@ -53,13 +53,23 @@ def wrap_dataset(
         )
     found = _find_targets(dataset) if targets is None else np.asarray(targets)
     if class_names is None:
-        names = getattr(dataset, "classes", None)
+        names = _find_classes(dataset)
         largest = int(found.max()) if found.size and found.dtype.kind in "iu" else -1
         class_names = [str(each) for each in range(largest + 1)] if names is None else names
     return ImageDataset(_Images(dataset), found, class_names=list(class_names))
 
 
+def _find_classes(dataset: Any) -> Sequence[str] | None:
+    """Return the class names that a data set, or the one that it is a part of, knows."""
+    if isinstance(dataset, Subset):
+        return _find_classes(dataset.dataset)
+    names: Sequence[str] | None = getattr(dataset, "classes", None)
+    return names
+
+
 def _find_targets(dataset: Any) -> npt.NDArray[Any]:
+    if isinstance(dataset, Subset):
+        return _find_targets(dataset.dataset)[np.asarray(dataset.indices, dtype=np.int64)]
     for attribute in ("targets", "labels"):
         known = getattr(dataset, attribute, None)
         if known is not None and len(known) == len(dataset):
