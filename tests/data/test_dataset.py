@@ -31,6 +31,14 @@ def test_targets_are_integers() -> None:
     assert str(error.value) == message
 
 
+def test_targets_of_different_lengths() -> None:
+    with pytest.raises(DataError) as error:
+        ImageDataset(["a", "b"], [[0], [1, 0]], class_names=("a", "b"))  # type: ignore[list-item]
+    assert str(error.value) == (
+        "`targets` should be integer class indices, one for each picture, found [[0], [1, 0]]."
+    )
+
+
 def test_item_is_the_decoded_picture_and_its_target(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path)
     assert len(dataset) == 3
@@ -181,7 +189,7 @@ def test_subset_keeps_names_order_and_the_whole(tmp_path: Path) -> None:
     assert [int(arrays.subset([3, 1])[index][0][0, 0, 0]) for index in (0, 1)] == [3, 1]
 
 
-@pytest.mark.parametrize("indices", [[3], [-1], [0.5], [[0]], [True]])
+@pytest.mark.parametrize("indices", [[3], [-1], [0.5], [[0]], [True], [[0], [1, 2]]])
 def test_subset_of_what_is_not_there_is_an_error(tmp_path: Path, indices: Any) -> None:
     with pytest.raises(DataError) as error:
         make_dataset(tmp_path).subset(indices)

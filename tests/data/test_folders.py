@@ -114,6 +114,7 @@ def test_files_that_are_left_out_are_listed_and_hidden_ones_passed_over(tmp_path
     assert splits.class_names == ("blue", "red")
     assert [path.name for path in splits.train.paths] == ["000.png", "000.png"]
     assert [(each.path, each.reason) for each in splits.train.skipped] == [
+        (root / "train" / "readme.txt", "in no class folder"),
         (blue / "bare", "no picture by its extension ``"),
         (blue / "imageNotFound.gif", "excluded by `imageNotFound.gif`"),
         (blue / "notes.txt", "no picture by its extension `.txt`"),

@@ -125,7 +125,17 @@ def test_relative_paths_start_from_the_table_or_the_root(tmp_path: Path) -> None
     assert "of 5 files of the table are not there" in fails(tmp_path / table, root="/nowhere")
 
 
-@pytest.mark.parametrize("split", [None, "", float("nan")])
+class Missing:
+    """As pandas' NA, which compares to nothing."""
+
+    def __ne__(self, other: object) -> Any:
+        return self
+
+    def __bool__(self) -> bool:
+        raise TypeError("boolean value of NA is ambiguous")
+
+
+@pytest.mark.parametrize("split", [None, "", float("nan"), np.float32("nan"), Missing()])
 def test_without_splits_a_share_is_split_off(split: Any) -> None:
     rows = [(f"{name}.png", "xy"[place % 2], split) for place, name in enumerate("abcdefgh")]
     data = load_table(rows, val=0.25, test=0.25, seed=3)
@@ -149,6 +159,13 @@ def test_names_of_any_kind() -> None:
 
 
 # What is refused
+
+
+class BytesPath:
+    """As `os.scandir` gives them for a folder in bytes."""
+
+    def __fspath__(self) -> bytes:
+        return b"a.png"
 
 
 def test_table_that_is_not_there() -> None:
@@ -185,6 +202,34 @@ def test_columns_of_other_lengths() -> None:
     )
 
 
+@pytest.mark.parametrize("value", [3, "a.png", b"a.png", None])
+def test_column_that_is_no_list(value: Any) -> None:
+    assert fails({"path": value, "label": ["x"]}) == (
+        f"The column `path` of the table should be a list of values, found {value!r}."
+    )
+
+
+def test_names_of_columns_that_are_no_texts() -> None:
+    table = {0: ["a.png", "b.png", "c.png", "d.png"], 1: ["x", "y", "x", "y"], None: [1, 2, 3, 4]}
+    assert load_table(table, path="0", label="1", val=0.5).class_names == ("x", "y")
+    assert fails({0: ["a.png"], "0": ["b.png"]}) == (
+        "The table has the columns ['0'] more than once. Rename them."
+    )
+
+
+def test_empty_rows_and_columns_of_a_spreadsheet() -> None:
+    Path("t.csv").write_text("path,label,,\n\na.png,x,,\nb.png,y\n\nc.png,x,,\nd.png,y,,\n")
+    assert load_table("t.csv", val=0.5).class_names == ("x", "y")
+    Path("t.csv").write_text('path,label\n\na.png,"x\ny"\n\nb.png,\n')
+    assert fails("t.csv") == (
+        "Row 5 of the table should have a text or an integer as `label`, found ''."
+    )
+    Path("t.csv").write_text("path,label\na.png,x\nb.png\n")
+    assert fails("t.csv") == (
+        "Row 3 of the table should have a text or an integer as `label`, found None."
+    )
+
+
 @pytest.mark.parametrize("row", [("a.png",), "a.png", 3, ("a", "b", "c", "d")])
 def test_row_of_another_kind(row: Any) -> None:
     assert fails([ROWS[0], row]) == (
@@ -203,7 +248,7 @@ def test_missing_column_names_those_there_are() -> None:
     )
 
 
-@pytest.mark.parametrize("value", [None, "", 3, float("nan")])
+@pytest.mark.parametrize("value", [None, "", 3, float("nan"), b"a.png", BytesPath()])
 def test_row_without_a_path(value: Any) -> None:
     assert fails([ROWS[0], (value, "9", "train")]) == (
         f"Row 2 of the table should have a `path`, found {value!r}."
@@ -230,6 +275,29 @@ def test_files_that_are_not_there() -> None:
     assert fails(rows) == (
         f"5 of 10 files of the table are not there: {places} and 2 more. Relative paths start "
         f"from `root`."
+    )
+
+
+def test_file_that_cannot_be_there() -> None:
+    path = "x" * 300
+    assert fails([*ROWS, (path, "9", "val")]) == (
+        f"1 of 6 files of the table are not there: `{path}` (row 6). Relative paths start from "
+        f"`root`."
+    )
+
+
+def test_file_that_cannot_be_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = os.stat
+
+    def refuse(path: Any, **options: Any) -> Any:
+        if path == "a.png":
+            raise PermissionError(13, "Permission denied", path)
+        return plain(path, **options)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    assert fails(ROWS) == (
+        "1 of 5 files of the table are not there: `a.png` (row 1). Relative paths start from "
+        "`root`."
     )
 
 
@@ -294,8 +362,11 @@ def test_a_single_class() -> None:
 
 
 def test_share_out_of_range() -> None:
-    with pytest.raises(ConfigError, match=r"^`val` should be a finite number in \(0, 1\)"):
+    with pytest.raises(ConfigError) as error:
         load_table([row[:2] for row in ROWS], val=2)
+    assert str(error.value) == (
+        "`val` should be a finite number in (0, 1), the share to split off, found 2."
+    )
 
 
 def test_column_that_is_there_twice() -> None:

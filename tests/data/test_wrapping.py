@@ -1,18 +1,20 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import IterableDataset, Subset, TensorDataset
+from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 from torchvision import transforms
-from torchvision.datasets import FakeData
+from torchvision.datasets import FakeData, ImageFolder
 
-from transferkit.data import ImageLoader, wrap_dataset
+from transferkit.data import ImageLoader, split_dataset, wrap_dataset
 from transferkit.errors import DataError, ImageError
 from transferkit.images import Preprocess
+from transferkit.testing import make_image_folder
 
 
 def test_a_data_set_of_torchvision() -> None:
@@ -29,6 +31,80 @@ def test_a_part_of_a_data_set() -> None:
     fake = FakeData(size=6, image_size=(3, 20, 30), num_classes=3)
     dataset = wrap_dataset(Subset(fake, [4, 1]), class_names=["a", "b", "c"])
     assert dataset.targets.tolist() == [fake[4][1], fake[1][1]]
+
+
+class Numbers(Dataset[Any]):
+    """A data set that notes what is read and knows nothing of its targets."""
+
+    def __init__(self) -> None:
+        self.read: list[int] = []
+
+    def __len__(self) -> int:
+        return 9
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        self.read.append(index)
+        return Image.new("RGB", (4, 3)), index % 3
+
+
+def test_of_a_part_no_more_than_the_part_is_read() -> None:
+    numbers = Numbers()
+    dataset = wrap_dataset(Subset(Subset(numbers, [8, 7, 6, 1]), [3, 1]))
+    assert numbers.read == [1, 7]
+    assert dataset.targets.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("is_part", [False, True])
+def test_targets_that_the_data_set_changes(tmp_path: Path, is_part: bool) -> None:
+    make_image_folder(tmp_path, num_train=2)
+    folder = ImageFolder(tmp_path / "train", target_transform=lambda target: 2 - target)
+    assert folder.targets == [0, 0, 1, 1]
+    dataset = wrap_dataset(Subset(folder, [0, 1, 2, 3]) if is_part else folder)
+    assert dataset.targets.tolist() == [2, 2, 1, 1]
+    assert dataset.class_names == ("0", "1", "2")
+    named = wrap_dataset(folder, class_names=["none", "red", "blue"])
+    assert named.class_counts == {"none": 0, "red": 2, "blue": 2}
+
+
+@pytest.mark.parametrize("worker_type", ["thread", "process"])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_tensors_go_all_the_way(worker_type: Any, num_workers: int) -> None:
+    images = torch.randint(256, (6, 3, 8, 8), dtype=torch.uint8)
+    source = TensorDataset(images, torch.tensor([0, 1, 2, 0, 1, 2]))
+    dataset = wrap_dataset(source, class_names=["a", "b", "c"])
+    splits = split_dataset(dataset, val=0.5, seed=1)
+    preprocess = Preprocess(crop_size=8, resize_size=8)
+    loader = ImageLoader(splits.val, preprocess.eval(), batch_size=2, num_workers=num_workers,
+                         worker_type=worker_type)  # fmt: skip
+    batches = list(loader.batches())
+    loader.close()
+    found = torch.cat([batch.targets for batch in batches])
+    assert sorted(found.tolist()) == [0, 1, 2]
+    for batch in batches:
+        for image, target, index in zip(*batch, strict=True):
+            pixels = splits.val[int(index)][0]
+            assert any(torch.equal(pixels, images[place]) for place in (int(target), target + 3))
+            assert torch.equal(image, preprocess.eval()(pixels))
+
+
+@pytest.mark.parametrize("attribute", ["targets", "labels"])
+@pytest.mark.parametrize("value", [3, None, [0, 1], len])
+def test_attributes_that_are_no_targets_are_not_taken(attribute: str, value: Any) -> None:
+    numbers = Numbers()
+    setattr(numbers, attribute, value)
+    assert wrap_dataset(numbers).targets.tolist() == [0, 1, 2] * 3
+
+
+@pytest.mark.parametrize("names", ["abc", 3])
+def test_names_of_another_kind_are_an_error(names: Any) -> None:
+    with pytest.raises(DataError) as error:
+        wrap_dataset(Numbers(), class_names=names)
+    assert str(error.value) == f"`class_names` should be a list of texts, found {names!r}."
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array])
+def test_names_may_be_an_array(kind: Any) -> None:
+    assert wrap_dataset(Numbers(), class_names=kind(["a", "b", "c"])).class_names == ("a", "b", "c")
 
 
 class Labelled:

@@ -136,7 +136,10 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         Raises:
             DataError: An index is no integer or out of range.
         """
-        places = np.asarray(indices)
+        try:
+            places = np.asarray(indices)
+        except ValueError:  # Rows of different lengths.
+            places = np.empty((0, 0))
         is_good = places.ndim == 1 and (not places.size or places.dtype.kind in "iu")
         if not is_good or (places.size and not 0 <= places.min() <= places.max() < len(self)):
             raise DataError(
@@ -208,7 +211,7 @@ def _check_images(images: Any) -> Sequence[ImageSource]:
 
 
 def _check_targets(targets: Any, num_classes: int) -> npt.NDArray[np.int64]:
-    given = targets.numpy() if isinstance(targets, torch.Tensor) else np.asarray(targets)
+    given = to_array(targets)
     if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
         raise DataError(
             f"`targets` should be integer class indices, one for each picture, found "
@@ -220,6 +223,23 @@ def _check_targets(targets: Any, num_classes: int) -> npt.NDArray[np.int64]:
             f"{num_classes} class names, found {given.min()} to {given.max()}."
         )
     return np.array(given, dtype=np.int64)
+
+
+def to_array(targets: Any) -> npt.NDArray[Any]:
+    """Return targets of any kind as an array.
+
+    Raises:
+        DataError: They are rows of different lengths.
+    """
+    if isinstance(targets, torch.Tensor):
+        return targets.cpu().numpy()
+    try:
+        return np.asarray(targets)
+    except ValueError as error:
+        raise DataError(
+            f"`targets` should be integer class indices, one for each picture, found "
+            f"{targets!r:.80}."
+        ) from error
 
 
 def check_class_names(class_names: Sequence[str]) -> tuple[str, ...]:

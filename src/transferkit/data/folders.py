@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from transferkit.data.scan import (
     check_exclude,
     entries,
     is_folder,
+    is_folder_there,
     is_hidden,
     natural_key,
 )
@@ -27,6 +28,7 @@ from transferkit.data.splits import check_shares, split_dataset
 from transferkit.errors import ConfigError, DataError
 
 _LAYOUT = "`ROOT/train/CLASS/*.jpg` and `ROOT/val/CLASS/*.jpg`"
+_NAMES_OF_SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
 
 
 def load_folders(
@@ -44,15 +46,15 @@ def load_folders(
     Class indices follow the naturally sorted names of the training split's folders
     ("2" before "10") and hold by name in the other splits. Files are found at any depth, by
     extension, and read only when they are used; hidden files are passed over, other files
-    that are left out are listed in `skipped`.
+    that are left out are listed in `skipped`. Each folder is read once, whatever the links.
 
     Args:
         root: The folder that holds the splits, or the class folders where `val` is a share.
-        train: Name of the folder with the training pictures.
+        train: Name of the folder with the training pictures; left out where `val` is a share.
         val: Name of the folder with the validation pictures, or a share in (0, 1): the class
             folders lie in `root` itself then, and that share of each class is split off.
-        test: Name of the folder with the test pictures, which may be absent; or a share
-            where `val` is one.
+        test: Name of the folder with the test pictures; "test", the default, may be absent.
+            Or a share where `val` is one.
         exclude: Glob patterns over file names that are left out.
         allow_missing_classes: Accept a validation or test split that lacks a class.
         seed: Rules which pictures are split off.
@@ -62,7 +64,8 @@ def load_folders(
 
     Raises:
         DataError: A folder is missing or cannot be read, there are fewer than two classes,
-            a class has no pictures, or a split has a class that training lacks.
+            a class has no pictures, a split has a class that training lacks, or two class
+            folders are one by a link.
         ConfigError: An argument cannot work.
 
     Example:
@@ -79,21 +82,25 @@ def load_folders(
     if not isinstance(val, str):
         shares = check_shares(val, 0.0 if test == "test" else test)
         check_seed(seed)
+        if train != "train":
+            raise ConfigError(
+                f"`train` should be left out where `val` is a share, since the class folders lie "
+                f"in `root` itself then, found {train!r}."
+            )
         dataset = load_folder(folder, exclude=exclude)
         return split_dataset(dataset, val=shares[0], test=shares[1], seed=seed)
-    for name, value in (("train", train), ("val", val), ("test", test)):
-        if not isinstance(value, str) or not value:
-            raise ConfigError(f"`{name}` should be the name of a folder, found {value!r}.")
+    named: dict[str, object] = {"train": train, "val": val, "test": test}
+    if test == "test" and test in (train, val):
+        del named["test"]  # The default: nobody asked for a second use of that folder.
+    names = _check_names(named)
     _check_root(folder, f"a folder with {_LAYOUT}")
-    _check_split_folders(folder, (train, val))
+    if test == "test" and "test" in named and not is_folder_there(folder / test):
+        names.remove(test)
+    _check_split_folders(folder, names)
     class_names = _class_names(folder / train)
     _check_classes(class_names, folder / train, _LAYOUT)
-    names = [train, val] + ([test] if (folder / str(test)).is_dir() else [])
-    splits = [
-        _load_split(folder / name, class_names, exclude, allow_missing_classes and name != train)
-        for name in map(str, names)
-    ]
-    return ImageSplits(*splits)
+    places = [folder / name for name in names]
+    return ImageSplits(*_load(folder, places, class_names, exclude, allow_missing_classes))
 
 
 def load_folder(
@@ -123,13 +130,9 @@ def load_folder(
     exclude = check_exclude(exclude)
     _check_root(folder, "a folder with `ROOT/CLASS/*.jpg`")
     class_names = _class_names(folder)
-    if {"train", "val"} <= set(class_names):
-        raise DataError(
-            f"The data folder `{folder}` has the subfolders `train` and `val`, which look like "
-            f"splits rather than classes. Load it with `load_folders(ROOT)`, without a share."
-        )
+    _check_no_splits(folder, class_names)
     _check_classes(class_names, folder, "`ROOT/CLASS/*.jpg`")
-    return _load_split(folder, class_names, exclude, allow_missing=False)
+    return _load(folder, [folder], class_names, exclude, allow_missing=False)[0]
 
 
 def find_images(root: str | os.PathLike[str]) -> list[Path]:
@@ -147,7 +150,7 @@ def find_images(root: str | os.PathLike[str]) -> list[Path]:
     folder = check_path("root", root)
     _check_root(folder, "a folder with pictures", what="folder")
     walk = Walk(DEFAULT_EXCLUDE)
-    walk.enter(str(folder))
+    walk.enter_above(str(folder))
     found = [Path(parent, name) for parent, names in walk.pictures(str(folder)) for name in names]
     if not found:
         raise DataError(
@@ -158,14 +161,40 @@ def find_images(root: str | os.PathLike[str]) -> list[Path]:
 
 
 def _check_root(folder: Path, expected: str, *, what: str = "data folder") -> None:
-    if not folder.is_dir():
+    if not is_folder_there(folder):
         problem = "is a file" if folder.exists() else "does not exist"
         raise DataError(f"The {what} `{folder}` {problem}. Expected {expected}.")
 
 
+def _check_names(names: dict[str, object]) -> list[str]:
+    """Return the names of the splits' folders."""
+    first: dict[str, str] = {}
+    for name, value in names.items():
+        if not isinstance(value, str) or not value:
+            raise ConfigError(f"`{name}` should be the name of a folder, found {value!r}.")
+        other = first.setdefault(value, name)
+        if other != name:
+            raise ConfigError(
+                f"`{other}` and `{name}` should be different folders, found {value!r} for both."
+            )
+    return list(first)
+
+
+def _check_no_splits(folder: Path, class_names: Sequence[str]) -> None:
+    alike = [name for name in class_names if name.lower() in _NAMES_OF_SPLITS]
+    if len(alike) < 2 or not any(name.lower().startswith("train") for name in alike):
+        return
+    listed = ", ".join(f"`{name}`" for name in alike[:-1]) + f" and `{alike[-1]}`"
+    call = "ROOT" if {"train", "val"} <= set(alike) else "ROOT, train=..., val=..."
+    raise DataError(
+        f"The data folder `{folder}` has the subfolders {listed}, which look like "
+        f"splits rather than classes. Load it with `load_folders({call})`, without a share."
+    )
+
+
 def _check_split_folders(root: Path, names: Sequence[str]) -> None:
     for name in names:
-        if not (root / name).is_dir():
+        if not is_folder_there(root / name):
             found = _class_names(root)
             is_unsplit = name == names[0] and len(found) > 1
             hint = " To split class folders, pass `val=0.2`." if is_unsplit else ""
@@ -185,33 +214,58 @@ def _check_classes(class_names: Sequence[str], folder: Path, layout: str) -> Non
     check_class_names(class_names)
 
 
-def _load_split(
-    folder: Path, class_names: Sequence[str], exclude: Sequence[str], allow_missing: bool
-) -> ImageDataset:
-    present = _class_names(folder)
-    _check_extra(folder, present, class_names)
-    missing = [name for name in class_names if name not in present]
-    if missing and not allow_missing:
-        raise DataError(
-            f"`{folder}` lacks the classes {missing} of the training split. Add them, or pass "
-            f"`allow_missing_classes=True`; the indices of the others stay the same."
-        )
+def _load(
+    root: Path,
+    places: Sequence[Path],
+    class_names: Sequence[str],
+    exclude: Sequence[str],
+    allow_missing: bool,
+) -> list[ImageDataset]:
+    """Read the splits, of which the first is the training split, each at its place."""
+    present = {place: set(_class_names(place)) for place in places}
+    for place in places:
+        _check_extra(place, present[place], class_names)
+        _check_missing(place, present[place], class_names, allow_missing)
     walk = Walk(exclude)
-    walk.enter(str(folder))  # A link back to it would mix the classes.
+    walk.enter_above(str(root))
+    for place in places:
+        walk.enter(str(place))
+    # All class folders before any other, or a link might give one's pictures to another.
+    for place in places:
+        for name in class_names:
+            if name in present[place]:
+                _enter_class(place / name, walk)
+    return [_load_split(place, class_names, present[place], walk) for place in places]
+
+
+def _enter_class(folder: Path, walk: Walk) -> None:
+    other = walk.first_name(str(folder))
+    if other is not None:
+        raise DataError(
+            f"The class folder `{folder}` is the same folder as `{other}`, by a link. Each is "
+            f"read once, for one class of one split: remove the link."
+        )
+
+
+def _load_split(
+    place: Path, class_names: Sequence[str], present: Collection[str], walk: Walk
+) -> ImageDataset:
+    walk.skipped = []
+    for name in sorted(
+        each.name
+        for each in entries(str(place))
+        if not is_hidden(each.name) and not is_folder(each)
+    ):
+        walk.skip(str(place), name, "in no class folder")
     builder, counts = PathBuilder(), []
     for name in class_names:
-        counts.append(0 if name in missing else _add_class(folder / name, walk, builder))
+        counts.append(_add_class(place / name, walk, builder) if name in present else 0)
     targets = np.repeat(np.arange(len(class_names)), counts)
     return ImageDataset(builder.build(), targets, class_names=class_names, skipped=walk.skipped)
 
 
 def _add_class(folder: Path, walk: Walk, builder: PathBuilder) -> int:
-    """Add the pictures of a class and return their number."""
-    if not walk.enter(str(folder)):
-        raise DataError(
-            f"The class folder `{folder}` is a link to a folder that is read as another class "
-            f"or split already. Remove it."
-        )
+    """Add the pictures of a class, whose folder is entered, and return their number."""
     count = 0
     for parent, names in walk.pictures(str(folder)):
         builder.add(parent, names)
@@ -224,8 +278,19 @@ def _add_class(folder: Path, walk: Walk, builder: PathBuilder) -> int:
     return count
 
 
-def _check_extra(folder: Path, present: Sequence[str], class_names: Sequence[str]) -> None:
-    extra = [name for name in present if name not in class_names]
+def _check_missing(
+    place: Path, present: Collection[str], class_names: Sequence[str], allow_missing: bool
+) -> None:
+    missing = [name for name in class_names if name not in present]
+    if missing and not allow_missing:
+        raise DataError(
+            f"`{place}` lacks the classes {missing} of the training split. Add them, or pass "
+            f"`allow_missing_classes=True`; the indices of the others stay the same."
+        )
+
+
+def _check_extra(folder: Path, present: Collection[str], class_names: Sequence[str]) -> None:
+    extra = sorted(set(present).difference(class_names), key=natural_key)
     if not extra:
         return
     alike = {_fold(name): name for name in class_names}

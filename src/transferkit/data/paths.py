@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, overload
 
@@ -11,6 +13,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from transferkit.errors import DataError
+
+_NUM_AT_A_TIME = 2**14
 
 
 class PathArray(Sequence[Path]):
@@ -45,11 +51,15 @@ class PathArray(Sequence[Path]):
 
     @classmethod
     def from_paths(cls, paths: Iterable[str | os.PathLike[str]]) -> PathArray:
-        """Build it from paths of any kind."""
+        """Build it from paths of any kind.
+
+        Raises:
+            DataError: A path is none that a file can have.
+        """
         builder = PathBuilder()
-        for path in paths:
-            folder, name = os.path.split(os.fspath(path))
-            builder.add(folder, [name])
+        parts = (os.path.split(_check_text(path)) for path in paths)
+        for folder, group in groupby(parts, key=operator.itemgetter(0)):
+            builder.add(folder, [name for _, name in group])
         return builder.build()
 
     def __len__(self) -> int:
@@ -62,7 +72,7 @@ class PathArray(Sequence[Path]):
     def __getitem__(self, index: int | slice) -> Path | PathArray:
         if isinstance(index, slice):
             return self.take(np.arange(len(self))[index])
-        count = len(self)
+        count, index = len(self), operator.index(index)
         if not -count <= index < count:
             raise IndexError(f"There are {count} paths, found the index {index}.")
         names, ends, folders = self._arrays
@@ -88,10 +98,15 @@ class PathArray(Sequence[Path]):
         starts = np.concatenate([[0], ends[:-1]]) if len(ends) else ends
         sizes = (ends - starts)[places]
         new_ends = np.cumsum(sizes)
-        total = int(new_ends[-1]) if len(new_ends) else 0
-        # For each byte of the result, where it comes from.
-        source = np.repeat(starts[places] - (new_ends - sizes), sizes) + np.arange(total)
-        return PathArray(names[source], new_ends, folders[places], self._prefixes)
+        new_starts = new_ends - sizes
+        shifts = starts[places] - new_starts
+        chosen = np.empty(int(sizes.sum()), dtype=np.uint8)
+        # Some at a time: for each byte of the result eight say where it comes from.
+        for first in range(0, len(places), _NUM_AT_A_TIME):
+            part = slice(first, first + _NUM_AT_A_TIME)
+            begin, end = int(new_starts[first]), int(new_ends[part][-1])
+            chosen[begin:end] = names[np.repeat(shifts[part], sizes[part]) + np.arange(begin, end)]
+        return PathArray(chosen, new_ends, folders[places], self._prefixes)
 
     @property
     def num_bytes(self) -> int:
@@ -113,6 +128,17 @@ class PathArray(Sequence[Path]):
         self._shared = arrays if is_shared else None
         self._arrays = tuple(each.numpy() for each in arrays) if is_shared else arrays
         self._prefixes = state["prefixes"]
+
+
+def _check_text(path: str | os.PathLike[str]) -> str:
+    """Return a path as a text that can be encoded."""
+    text = os.fspath(path)
+    try:
+        if isinstance(text, str) and (text.isascii() or os.fsencode(text)):
+            return text
+    except UnicodeEncodeError as error:
+        raise DataError(f"No file can have the path {text!r}.") from error
+    raise DataError(f"A path should be a text, found {text!r}.")
 
 
 def shared(array: npt.NDArray[Any]) -> Tensor:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from fnmatch import translate
 from pathlib import Path
 
@@ -37,31 +39,47 @@ class Walk:
     def __init__(self, exclude: Sequence[str]) -> None:
         self._patterns = [(each, re.compile(translate(each)).match) for each in exclude]
         self.skipped: list[SkippedFile] = []
-        self._entered: set[tuple[int, int]] = set()
+        self._entered: dict[tuple[int, int], str] = {}
 
     def enter(self, folder: str) -> bool:
         """Note a folder; False where it was entered before, by this name or another."""
+        return self.first_name(folder) is None
+
+    def first_name(self, folder: str) -> str | None:
+        """Note a folder; where it was entered before, return the name that it had then."""
         try:
             status = os.stat(folder)  # noqa: PTH116  no object for each folder
         except OSError as error:
             raise unreadable(folder, error) from error
         key = (status.st_dev, status.st_ino)
-        if key in self._entered:
-            return False
-        self._entered.add(key)
-        return True
+        first = self._entered.get(key)
+        if first is None:
+            self._entered[key] = folder
+        return first
+
+    def enter_above(self, folder: str) -> None:
+        """Note a folder and all that it lies in, so that no link leads back out of it."""
+        self.enter(folder)
+        for above in Path(os.path.realpath(folder)).parents:
+            with suppress(DataError):  # One that cannot be looked at cannot be entered either.
+                self.enter(str(above))
 
     def pictures(self, folder: str) -> Iterator[tuple[str, list[str]]]:
         """Yield each folder that has pictures with their sorted names; `folder` is entered."""
-        names, subfolders = self._list(folder)
-        if names:
-            yield folder, names
-        for name in subfolders:
-            path = os.path.join(folder, name)  # noqa: PTH118  texts are a third of the memory
-            if self.enter(path):
-                yield from self.pictures(path)
+        waiting: list[tuple[str, str]] = []
+        while True:
+            names, subfolders = self._list(folder)
+            if names:
+                yield folder, names
+            waiting += [(folder, name) for name in reversed(subfolders)]
+            while waiting:
+                parent, name = waiting.pop()
+                folder = os.path.join(parent, name)  # noqa: PTH118  a third of a path's memory
+                if self.enter(folder):
+                    break
+                self.skip(parent, name, "a link to a folder that is read already")
             else:
-                self._skip(folder, name, "a link to a folder that is read already")
+                return
 
     def _list(self, folder: str) -> tuple[list[str], list[str]]:
         """Return the names of a folder's pictures and subfolders, sorted; note the rest."""
@@ -78,7 +96,7 @@ class Walk:
             else:
                 others.append((name, reason))
         for name, reason in sorted(others):
-            self._skip(folder, name, reason)
+            self.skip(folder, name, reason)
         return sorted(pictures), sorted(subfolders)
 
     def _reason_to_skip(self, entry: os.DirEntry[str]) -> str | None:
@@ -97,7 +115,8 @@ class Walk:
         except OSError:  # Links that lead round in a circle.
             return "no regular file"
 
-    def _skip(self, folder: str, name: str, reason: str) -> None:
+    def skip(self, folder: str, name: str, reason: str) -> None:
+        """Note a file that is left out."""
         self.skipped.append(SkippedFile(Path(folder, name), reason))
 
 
@@ -120,6 +139,20 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
         return entry.is_dir()
     except OSError:
         return False
+
+
+def is_folder_there(path: str | os.PathLike[str]) -> bool:
+    """Tell whether there is a folder at a path.
+
+    Raises:
+        DataError: That cannot be told.
+    """
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)  # noqa: PTH116  its errors are told apart
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: with a NUL in it.
+        return False
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
 def is_hidden(name: str) -> bool:

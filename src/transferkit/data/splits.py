@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -46,11 +47,10 @@ def split_dataset(
     check_seed(seed)
     parts: tuple[list[Any], ...] = ([], [], [])
     needed = 3 if test else 2
-    for target, name in enumerate(dataset.class_names):
-        members = _shuffled_members(dataset, target, seed)
+    for name, members in _shuffled_classes(dataset, seed):
         if len(members) < needed:
             raise DataError(
-                f"The class {name!r} has {len(members)} pictures, too few for one in each of "
+                f"The class {name!r} has {_pictures(members)}, too few for one in each of "
                 f"{needed} splits. Add pictures, or make the splits by hand."
             )
         num_test = max(1, round(len(members) * test)) if test else 0
@@ -89,11 +89,10 @@ def k_folds(dataset: ImageDataset, num_folds: int = 5, *, seed: int = 0) -> list
     check_seed(seed)
     fold_of = np.empty(len(dataset), dtype=np.int64)
     first = 0
-    for target, name in enumerate(dataset.class_names):
-        members = _shuffled_members(dataset, target, seed)
+    for name, members in _shuffled_classes(dataset, seed):
         if len(members) < num_folds:
             raise DataError(
-                f"The class {name!r} has {len(members)} pictures, fewer than {num_folds} folds. "
+                f"The class {name!r} has {_pictures(members)}, fewer than {num_folds} folds. "
                 f"Take fewer folds, or add pictures."
             )
         # Each class goes on where the one before it ended, so that the folds are even.
@@ -108,11 +107,19 @@ def k_folds(dataset: ImageDataset, num_folds: int = 5, *, seed: int = 0) -> list
     ]
 
 
-def _shuffled_members(dataset: ImageDataset, target: int, seed: int) -> npt.NDArray[np.int64]:
-    members = np.flatnonzero(dataset.targets == target)
-    rng = np.random.default_rng((seed, *dataset.class_names[target].encode()))
-    shuffled: npt.NDArray[np.int64] = rng.permutation(members)
-    return shuffled
+def _shuffled_classes(
+    dataset: ImageDataset, seed: int
+) -> Iterator[tuple[str, npt.NDArray[np.int64]]]:
+    """Yield each class's name and the places of its pictures, shuffled."""
+    by_class = np.argsort(dataset.targets, kind="stable")
+    ends = np.cumsum(np.bincount(dataset.targets, minlength=len(dataset.class_names)))
+    for name, members in zip(dataset.class_names, np.split(by_class, ends[:-1]), strict=True):
+        rng = np.random.default_rng((seed, *name.encode()))
+        yield name, rng.permutation(members)
+
+
+def _pictures(members: npt.NDArray[np.int64]) -> str:
+    return f"{len(members)} picture{'s' * (len(members) != 1)}"
 
 
 def check_shares(val: Any, test: Any) -> tuple[float, float]:

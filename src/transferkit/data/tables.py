@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
-import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,9 +84,9 @@ def load_table(
     if isinstance(table, (str, os.PathLike)):
         file = check_path("table", table)
         base = file.parent if root is None else base
-        rows = _read_rows(_read_csv(file), columns, first=2)  # The header is the first row.
+        rows = _read_rows(_read_csv(file), columns)
     else:
-        rows = _read_rows(_to_records(table, columns), columns, first=1)
+        rows = _read_rows(enumerate(_to_records(table, columns), start=1), columns)
     if not rows:
         raise DataError("The table has no rows.")
     rows = [row._replace(path=str(base / row.path)) for row in rows]
@@ -101,43 +102,49 @@ def load_table(
     return _load_splits(rows, allow_missing_classes)
 
 
-def _read_csv(file: Path) -> list[dict[str, Any]]:
+def _read_csv(file: Path) -> list[tuple[int, dict[str, Any]]]:
+    """Return the rows with their numbers, the header and empty rows counted."""
     try:
         with file.open(newline="", encoding="utf-8-sig") as stream:
             delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
-            reader = csv.DictReader(stream, delimiter=delimiter, strict=True)
-            return _check_columns(file, reader.fieldnames or (), list(reader))
+            reader = csv.reader(stream, delimiter=delimiter, strict=True)
+            rows = [(number, row) for number, row in enumerate(reader, start=1) if row]
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise DataError(f"Cannot read the table `{file}`: {reason}.") from error
     except (csv.Error, UnicodeDecodeError) as error:
         raise DataError(f"Cannot read the table `{file}`: it is no CSV file ({error}).") from error
+    return _to_numbered_records(file, rows)
 
 
-def _check_columns(
-    file: Path, names: Sequence[str], rows: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
+def _to_numbered_records(
+    file: Path, rows: Sequence[tuple[int, list[str]]]
+) -> list[tuple[int, dict[str, Any]]]:
     """Refuse what would shift values without a word: a column twice, a row that is too long."""
-    twice = sorted({name for name in names if list(names).count(name) > 1})
-    if twice:
-        raise DataError(f"The table `{file}` has the columns {twice} more than once. Rename them.")
-    for number, row in enumerate(rows, start=2):
-        if None in row:
+    if not rows:
+        return []
+    names = rows[0][1]
+    _check_columns(f"The table `{file}`", names)
+    for number, row in rows:
+        if len(row) > len(names):
             raise DataError(
                 f"Row {number} of the table `{file}` has more values than the header has columns "
                 f"({len(names)}). Put a value with a comma into quotes."
             )
-    return rows
+    return [(number, dict(zip_longest(names, row))) for number, row in rows[1:]]
+
+
+def _check_columns(table: str, names: Sequence[str]) -> None:
+    # Columns without a name, as spreadsheets leave behind, cannot be asked for.
+    twice = sorted(name for name, number in Counter(names).items() if number > 1 and name)
+    if twice:
+        raise DataError(f"{table} has the columns {twice} more than once. Rename them.")
 
 
 def _to_records(table: Any, columns: tuple[str, str, str]) -> list[dict[str, Any]]:
     """Return rows as dicts; what has columns is turned on its side."""
     if isinstance(table, Mapping) or hasattr(table, "columns"):
-        names = [str(name) for name in (table if isinstance(table, Mapping) else table.columns)]
-        values = [list(table[name]) for name in names]
-        if len({len(column) for column in values}) > 1:
-            raise DataError("The columns of the table should have the same length.")
-        return [dict(zip(names, row, strict=True)) for row in zip(*values, strict=True)]
+        return _from_columns(table, list(table if isinstance(table, Mapping) else table.columns))
     try:
         rows = list(table)
     except TypeError as error:
@@ -159,17 +166,32 @@ def _to_records(table: Any, columns: tuple[str, str, str]) -> list[dict[str, Any
     return records
 
 
+def _from_columns(table: Any, keys: Sequence[Any]) -> list[dict[str, Any]]:
+    names = [str(key) for key in keys]  # A data frame's may be numbers.
+    _check_columns("The table", names)
+    columns = []
+    for key in keys:
+        column = table[key]
+        if isinstance(column, (str, bytes)) or not hasattr(column, "__iter__"):
+            raise DataError(
+                f"The column `{key}` of the table should be a list of values, found {column!r:.80}."
+            )
+        columns.append(list(column))
+    if len({len(column) for column in columns}) > 1:
+        raise DataError("The columns of the table should have the same length.")
+    return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
 def _read_rows(
-    records: Sequence[Mapping[str, Any]], columns: tuple[str, str, str], *, first: int
+    records: Iterable[tuple[int, Mapping[str, Any]]], columns: tuple[str, str, str]
 ) -> list[_Row]:
     path, label, split = columns
     rows = []
-    for number, record in enumerate(records, start=first):
+    for number, record in records:
         for column in (path, label):
             if column not in record:
                 raise DataError(
-                    f"Row {number} of the table has no column `{column}`; it has "
-                    f"{[name for name in record if name is not None]}."
+                    f"Row {number} of the table has no column `{column}`; it has {list(record)}."
                 )
         rows.append(
             _Row(
@@ -183,9 +205,9 @@ def _read_rows(
 
 
 def _check_path_value(value: Any, number: int, column: str) -> str:
-    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
+    path = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
+    if not isinstance(path, str) or not path:
         raise DataError(f"Row {number} of the table should have a `{column}`, found {value!r}.")
-    path = str(os.fspath(value))
     try:
         usable = "\0" not in path and bool(os.fsencode(path))
     except UnicodeEncodeError:
@@ -208,13 +230,24 @@ def _check_label(value: Any, number: int, column: str) -> str:
 
 
 def _check_split(value: Any, number: int, column: str) -> str | None:
-    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
+    if _is_missing(value):
         return None
     if isinstance(value, str) and value.strip().lower() in SPLIT_NAMES:
         return SPLIT_NAMES[value.strip().lower()]
     raise DataError(
         f"Row {number} of the table should have train, val or test as `{column}`, found {value!r}."
     )
+
+
+def _is_missing(value: Any) -> bool:
+    if value is None or isinstance(value, str):
+        return not value
+    try:
+        return bool(value != value)  # Not-a-number, of Python, NumPy or pandas.
+    except TypeError:  # pandas' NA, which is neither the same as itself nor another.
+        return True
+    except ValueError:  # An array.
+        return False
 
 
 def _check_files(rows: Sequence[_Row]) -> None:
@@ -225,7 +258,7 @@ def _check_files(rows: Sequence[_Row]) -> None:
         other = seen.setdefault(key, row)
         if other is not row:
             raise DataError(_describe_twice(other, row))
-    missing = [row for row in rows if not Path(row.path).is_file()]
+    missing = [row for row in rows if not os.path.isfile(row.path)]  # noqa: PTH113  Path raises
     if missing:
         listed = ", ".join(f"`{row.path}` (row {row.number})" for row in missing[:_MAX_LISTED])
         more = f" and {len(missing) - _MAX_LISTED} more" if len(missing) > _MAX_LISTED else ""

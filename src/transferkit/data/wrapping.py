@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Dataset, IterableDataset, Subset
 
-from transferkit.data.dataset import ImageDataset
+from transferkit.data.dataset import ImageDataset, to_array
 from transferkit.errors import DataError
 
 
@@ -30,7 +30,9 @@ def wrap_dataset(
         class_names: The names of the classes, by index; None takes `dataset.classes`, or
             the numbers "0", "1" and so on.
         targets: The class index of each picture; None takes `dataset.targets` or
-            `dataset.labels`, or reads the whole data set once.
+            `dataset.labels`, or reads the whole data set once. A `target_transform` makes
+            other targets of these, so that a data set with one is read, and its `classes`
+            are not taken.
 
     Returns:
         The data set.
@@ -51,29 +53,44 @@ def wrap_dataset(
             f"A data set should have a length and items by index, found "
             f"{type(dataset).__name__}. Order and splits need both."
         )
-    found = _find_targets(dataset) if targets is None else np.asarray(targets)
-    if class_names is None:
-        names = _find_classes(dataset)
+    found = _find_targets(dataset) if targets is None else to_array(targets)
+    names: Any = _find_classes(dataset) if class_names is None else class_names
+    if names is None:
         largest = int(found.max()) if found.size and found.dtype.kind in "iu" else -1
-        class_names = [str(each) for each in range(largest + 1)] if names is None else names
-    return ImageDataset(_Images(dataset), found, class_names=list(class_names))
+        names = [str(each) for each in range(largest + 1)]
+    if isinstance(names, np.ndarray):
+        names = names.tolist()
+    return ImageDataset(_Images(dataset), found, class_names=names)
 
 
 def _find_classes(dataset: Any) -> Sequence[str] | None:
     """Return the class names that a data set, or the one that it is a part of, knows."""
     if isinstance(dataset, Subset):
         return _find_classes(dataset.dataset)
+    if getattr(dataset, "target_transform", None) is not None:
+        return None
     names: Sequence[str] | None = getattr(dataset, "classes", None)
     return names
 
 
-def _find_targets(dataset: Any) -> npt.NDArray[Any]:
+def _known_targets(dataset: Any) -> npt.NDArray[Any] | None:
+    """Return the targets that a data set, or the one that it is a part of, knows."""
     if isinstance(dataset, Subset):
-        return _find_targets(dataset.dataset)[np.asarray(dataset.indices, dtype=np.int64)]
+        known = _known_targets(dataset.dataset)
+        return None if known is None else known[np.asarray(dataset.indices, dtype=np.int64)]
+    if getattr(dataset, "target_transform", None) is not None:
+        return None
     for attribute in ("targets", "labels"):
-        known = getattr(dataset, attribute, None)
-        if known is not None and len(known) == len(dataset):
-            return np.asarray(known)
+        found: Any = getattr(dataset, attribute, None)
+        if hasattr(found, "__len__") and len(found) == len(dataset):
+            return to_array(found)
+    return None
+
+
+def _find_targets(dataset: Any) -> npt.NDArray[Any]:
+    known = _known_targets(dataset)
+    if known is not None:
+        return known
     targets = []
     for index in range(len(dataset)):
         item = dataset[index]
@@ -83,7 +100,7 @@ def _find_targets(dataset: Any) -> npt.NDArray[Any]:
                 f"at {index}."
             )
         targets.append(item[1])
-    return np.asarray(targets)
+    return to_array(targets)
 
 
 class _Images(Sequence[Any]):
