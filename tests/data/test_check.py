@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from transferkit.data import DataReport, check_folder
+from transferkit.data import DataReport, check_folder, load_folders
 from transferkit.data.drawn import draw_picture
 from transferkit.data.facts import Facts
 from transferkit.errors import ConfigError, DataError
@@ -374,3 +374,26 @@ def test_the_photographs(photographs: Path) -> None:
     everything = check_folder(photographs, exclude=())
     assert found(everything, "error") == []
     assert everything.num_images == 398
+
+
+@pytest.mark.parametrize("target", ["../../val", "../../val/bees", "../../..", "/"])
+def test_links_bring_nothing_from_elsewhere_as_in_training(root: Path, target: str) -> None:
+    (root / "train" / "ants" / "link").symlink_to(target)
+    report = check_folder(root)
+    data = load_folders(root)
+    assert report.counts == {name: split.class_counts for name, split in data.named().items()}
+    message = "1 file of train left out: a link to a folder that is read already"
+    assert ("left out", message, ["train/ants/link"]) in found(report)
+    assert not report.has_errors
+
+
+def test_class_that_is_a_link_into_another_split(root: Path) -> None:
+    shutil.rmtree(root / "val" / "ants")
+    (root / "val" / "ants").symlink_to("../train/ants")
+    report = check_folder(root)
+    assert report.counts["val"] == {"ants": 0, "bees": 2}
+    assert found(report, "error")[0] == (
+        "link",
+        "the class folder `ants` is a link to a folder that is read already",
+        ["val/ants"],
+    )

@@ -16,10 +16,9 @@ from transferkit.data.scan import (
     DEFAULT_EXCLUDE,
     Walk,
     check_exclude,
-    entries,
-    is_folder,
-    is_hidden,
+    is_folder_there,
     natural_key,
+    subfolder_names,
 )
 from transferkit.data.twins import find_exact, find_similar
 from transferkit.errors import ConfigError, DataError
@@ -83,7 +82,7 @@ def check_folder(
     if near_distance > 15:
         raise ConfigError(f"`near_distance` should be at most 15, found {near_distance}.")
     check_integer("max_pixels", max_pixels, minimum=1)
-    if not folder.is_dir():
+    if not is_folder_there(folder):
         problem = "is a file" if folder.exists() else "does not exist"
         raise DataError(f"The data folder `{folder}` {problem}. Expected a folder with pictures.")
     survey = _Survey(folder, (train, val, test), check_exclude(exclude))
@@ -121,19 +120,22 @@ class _Survey:
         self.files: list[tuple[Path, str, str]] = []
         self.counts: dict[str, dict[str, int]] = {}
         self.findings: list[Finding] = []
-        self._exclude = exclude
+        self._walk = Walk(exclude)
+        self._walk.enter_above(str(root))
         train, val, test = names
-        found = _folders(root)
+        found = subfolder_names(root)
         if train in found or val in found:
             self._splits(root, [train, val, *([test] if test in found else [])], found)
         else:
-            self._add_split(root, ONLY_SPLIT)
+            self._add_split(root, ONLY_SPLIT, self._enter(root))
         self._judge_classes()
 
     def _splits(self, root: Path, names: Sequence[str], found: Sequence[str]) -> None:
+        # The class folders of all splits before any other, as `load_folders` does.
+        entered = {name: self._enter(root / name) for name in names if name in found}
         for name in names:
             if name in found:
-                self._add_split(root / name, name)
+                self._add_split(root / name, name, entered[name])
             else:
                 message = f"there is no split `{name}`"
                 self.findings.append(Finding("missing split", "error", message, (root / name,)))
@@ -142,13 +144,18 @@ class _Survey:
             message = "folders beside the splits are not looked at"
             self.findings.append(Finding("other folder", "note", message, tuple(others)))
 
-    def _add_split(self, folder: Path, split: str) -> None:
-        walk = Walk(self._exclude)
-        walk.enter(str(folder))
+    def _enter(self, folder: Path) -> dict[str, bool]:
+        """Note a split's class folders; tell of each whether it is none that was noted before."""
+        self._walk.enter(str(folder))
+        return {name: self._walk.enter(str(folder / name)) for name in subfolder_names(folder)}
+
+    def _add_split(self, folder: Path, split: str, entered: dict[str, bool]) -> None:
+        walk = self._walk
+        walk.skipped = []
         self.counts[split] = {}
-        for label in _folders(folder):
+        for label, is_new in entered.items():
             before = len(self.files)
-            if walk.enter(str(folder / label)):
+            if is_new:
                 for parent, names in walk.pictures(str(folder / label)):
                     self.files += [(Path(parent, name), split, label) for name in names]
             else:
@@ -188,11 +195,6 @@ class _Survey:
                 f'{min(sizes)}; see `balance="sampler"`'
             )
             self.findings.append(Finding("imbalance", "warning", message))
-
-
-def _folders(folder: Path) -> list[str]:
-    names = [entry.name for entry in entries(str(folder)) if is_folder(entry)]
-    return sorted((name for name in names if not is_hidden(name)), key=natural_key)
 
 
 def _files(number: int) -> str:

@@ -23,6 +23,7 @@ from transferkit.data.scan import (
     is_folder_there,
     is_hidden,
     natural_key,
+    subfolder_names,
 )
 from transferkit.data.splits import check_shares, split_dataset
 from transferkit.errors import ConfigError, DataError
@@ -97,7 +98,7 @@ def load_folders(
     if test == "test" and "test" in named and not is_folder_there(folder / test):
         names.remove(test)
     _check_split_folders(folder, names)
-    class_names = _class_names(folder / train)
+    class_names = subfolder_names(folder / train)
     _check_classes(class_names, folder / train, _LAYOUT)
     places = [folder / name for name in names]
     return ImageSplits(*_load(folder, places, class_names, exclude, allow_missing_classes))
@@ -129,7 +130,7 @@ def load_folder(
     folder = check_path("root", root)
     exclude = check_exclude(exclude)
     _check_root(folder, "a folder with `ROOT/CLASS/*.jpg`")
-    class_names = _class_names(folder)
+    class_names = subfolder_names(folder)
     _check_no_splits(folder, class_names)
     _check_classes(class_names, folder, "`ROOT/CLASS/*.jpg`")
     return _load(folder, [folder], class_names, exclude, allow_missing=False)[0]
@@ -195,7 +196,7 @@ def _check_no_splits(folder: Path, class_names: Sequence[str]) -> None:
 def _check_split_folders(root: Path, names: Sequence[str]) -> None:
     for name in names:
         if not is_folder_there(root / name):
-            found = _class_names(root)
+            found = subfolder_names(root)
             is_unsplit = name == names[0] and len(found) > 1
             hint = " To split class folders, pass `val=0.2`." if is_unsplit else ""
             raise DataError(
@@ -222,7 +223,7 @@ def _load(
     allow_missing: bool,
 ) -> list[ImageDataset]:
     """Read the splits, of which the first is the training split, each at its place."""
-    present = {place: set(_class_names(place)) for place in places}
+    present = {place: set(subfolder_names(place)) for place in places}
     for place in places:
         _check_extra(place, present[place], class_names)
         _check_missing(place, present[place], class_names, allow_missing)
@@ -307,8 +308,3 @@ def _check_extra(folder: Path, present: Collection[str], class_names: Sequence[s
 
 def _fold(name: str) -> str:
     return unicodedata.normalize("NFKC", name).casefold()
-
-
-def _class_names(folder: Path) -> list[str]:
-    names = [entry.name for entry in entries(str(folder)) if is_folder(entry)]
-    return sorted((name for name in names if not is_hidden(name)), key=natural_key)

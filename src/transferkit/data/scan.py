@@ -155,6 +155,12 @@ def is_folder_there(path: str | os.PathLike[str]) -> bool:
         raise unreadable(path, error) from error
 
 
+def subfolder_names(folder: Path) -> list[str]:
+    """Return the names of a folder's own folders, in natural order, without hidden ones."""
+    names = [entry.name for entry in entries(str(folder)) if is_folder(entry)]
+    return sorted((name for name in names if not is_hidden(name)), key=natural_key)
+
+
 def is_hidden(name: str) -> bool:
     """Tell whether a name is passed over without a word."""
     return name.startswith(".") or name in _LEFT_BEHIND
