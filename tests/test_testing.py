@@ -16,6 +16,7 @@ from transferkit.data import load_folders
 from transferkit.errors import BackboneError, ConfigError, OutputError
 from transferkit.images import Preprocess
 from transferkit.models import BackboneSpec
+from transferkit.models.stages import Stage
 from transferkit.testing import check_backbone, check_scheduler, make_image_folder
 
 # check_backbone
@@ -109,6 +110,47 @@ def test_a_backbone_whose_builds_differ_is_found() -> None:
         return body
 
     expect(build, "two builds with the same seed give other weights")
+
+
+def test_features_that_depend_on_the_batch_are_found() -> None:
+    expect(
+        lambda: Body(lambda features: features - features.mean(dim=0)),
+        "the features of an image depend on the others in the batch",
+    )
+
+
+class Drifting(Body):
+    """Changes its first layer whenever the network as a whole is in training mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(5, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.layer.bias.add_(1)
+        features: Tensor = self.last(super().forward(images))
+        return features
+
+
+def test_a_stage_that_changes_while_later_ones_train_is_found() -> None:
+    expect(Drifting, "frozen tensors changed in training: ['layer.bias']")
+
+
+def test_stages_that_leave_a_parameter_out_are_found() -> None:
+    class Partial(BackboneSpec):
+        def find_stages(self, network: nn.Module) -> tuple[Stage, ...]:
+            return (Stage("layer", (), ("layer.weight",)),)
+
+    spec = Partial(
+        name="body", build=Body, num_features=5, preprocess=Preprocess(crop_size=8, resize_size=8)
+    )
+    with pytest.raises(BackboneError) as error:
+        check_backbone(spec)
+    assert str(error.value) == (
+        "Backbone `body` breaks its contract: its parameter `layer.bias` lies in 0 stages."
+    )
 
 
 # check_scheduler

@@ -71,6 +71,17 @@ def check_callable(name: str, value: Any, words: str) -> None:
         raise ConfigError(f"`{name}` should be {words}, found {value!r}.")
 
 
+def check_flag(name: str, value: object) -> bool:
+    """Return `value` when it is True or False.
+
+    Raises:
+        ConfigError: It is something else.
+    """
+    if not isinstance(value, bool):
+        raise ConfigError(f"`{name}` should be True or False, found {value!r}.")
+    return value
+
+
 def check_path(name: str, value: object) -> Path:
     """Return `value` as a path when it is a text or a path.
 

@@ -16,6 +16,7 @@ __all__ = [
     "BackboneError",
     "ConfigError",
     "DataError",
+    "FeatureError",
     "FreezeError",
     "ImageError",
     "MissingDependencyError",
@@ -44,6 +45,10 @@ class ImageError(TransferkitError, ValueError):
 
 class BackboneError(TransferkitError, ValueError):
     """A backbone cannot be built or does not keep its contract."""
+
+
+class FeatureError(TransferkitError, RuntimeError):
+    """Cached features are not those that the network gives."""
 
 
 class FreezeError(TransferkitError, ValueError):

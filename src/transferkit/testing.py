@@ -7,7 +7,7 @@ library relies on, and raise an error that names the first broken promise.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,15 +23,17 @@ from transferkit.training.schedulers import Schedule, make_schedule
 
 __all__ = ["check_backbone", "check_scheduler", "make_image_folder"]
 
+_TOLERANCE = 1e-3
 _COLORS = {"blue": (40, 60, 200), "red": (200, 50, 40)}
 
 
 def check_backbone(spec: BackboneSpec, *, image_size: int | None = None) -> None:
     """Check that a backbone keeps its contract, with random weights.
 
-    Features are `(N, D)` and logits `(N, C)`, finite and in float32; gradients reach the
-    backbone; freezing holds through `train()` and an optimizer step, buffers included; two
-    builds of one seed agree.
+    Features are `(N, D)` and logits `(N, C)`, finite and in float32, and those of an image are
+    its own, whatever else is in the batch; gradients reach the backbone; its stages share out
+    its parameters; freezing all of it, or up to the stage in the middle, holds through
+    `train()` and optimizer steps, buffers included; two builds of one seed agree.
 
     Args:
         spec: The backbone.
@@ -47,15 +49,22 @@ def check_backbone(spec: BackboneSpec, *, image_size: int | None = None) -> None
     size = image_size or spec.preprocess.crop_size
     channels = spec.preprocess.num_channels
     images = torch.rand(2, channels, size, size, generator=torch.Generator().manual_seed(0))
-    model = build_model(spec, 3, weights=None)
-    _check_shapes(spec, model, images)
-    _check_gradients(spec, model, images)
-    if any(True for _ in model.backbone.parameters()):
-        frozen = build_model(spec, 3, weights=None, freeze="backbone")
-        _check_frozen(spec, frozen, images)
-    twin = build_model(spec, 3, weights=None)
+    model, twin = (build_model(spec, 3, weights=None) for _ in range(2))
     same = all(map(torch.equal, model.state_dict().values(), twin.state_dict().values()))
     _require(spec, same, "two builds with the same seed give other weights")
+    _check_shapes(spec, model, images)
+    _check_gradients(spec, model, images)
+    _check_stages(spec, model)
+    if any(True for _ in model.backbone.parameters()):
+        _check_frozen(spec, model.freeze("backbone"), images, model.backbone.state_dict())
+    if model.stages:
+        middle = (len(model.stages) - 1) // 2
+        held = [
+            name
+            for name in model.backbone.state_dict()
+            if any(stage.holds(name) for stage in model.stages[: middle + 1])
+        ]
+        _check_frozen(spec, model.freeze(f"until:{model.stages[middle].name}"), images, held)
 
 
 def _check_shapes(spec: BackboneSpec, model: Classifier, images: torch.Tensor) -> None:
@@ -64,9 +73,12 @@ def _check_shapes(spec: BackboneSpec, model: Classifier, images: torch.Tensor) -
         features = model.features(images)
         dtype = features.dtype
         _require(spec, dtype == torch.float32, f"features are {dtype}, not float32")
-        logits = model(images)
+        logits, alone = model(images), model.features(images[:1])
     model.train()
     _require(spec, bool(torch.isfinite(logits).all()), "its logits are not finite")
+    allowed = _TOLERANCE * float(features.abs().max())
+    same = torch.allclose(alone, features[:1], rtol=0, atol=allowed)
+    _require(spec, same, "the features of an image depend on the others in the batch")
 
 
 def _check_gradients(spec: BackboneSpec, model: Classifier, images: torch.Tensor) -> None:
@@ -79,18 +91,30 @@ def _check_gradients(spec: BackboneSpec, model: Classifier, images: torch.Tensor
     model.train()
 
 
-def _check_frozen(spec: BackboneSpec, model: Classifier, images: torch.Tensor) -> None:
+def _check_stages(spec: BackboneSpec, model: Classifier) -> None:
+    for name, _ in model.backbone.named_parameters():
+        count = sum(stage.holds(name) for stage in model.stages)
+        _require(
+            spec, count == 1 or not model.stages, f"its parameter `{name}` lies in {count} stages"
+        )
+
+
+def _check_frozen(
+    spec: BackboneSpec, model: Classifier, images: torch.Tensor, held: Iterable[str]
+) -> None:
+    """Check that the tensors of these names stand still while the rest trains."""
     before = {name: each.clone() for name, each in model.backbone.state_dict().items()}
-    model.train()
-    model.backbone.train()
-    optimizer = torch.optim.SGD(model.trainable_parameters(), lr=0.1)
-    nn.functional.cross_entropy(model(images), torch.tensor([0, 1])).backward()  # type: ignore[no-untyped-call]
-    optimizer.step()
-    changed = [
-        name
-        for name, each in model.backbone.state_dict().items()
-        if not torch.equal(each, before[name])
-    ]
+    optimizer = torch.optim.SGD(
+        model.trainable_parameters(), lr=0.01, momentum=0.9, weight_decay=0.01
+    )
+    for act in (model.train, model.backbone.train):
+        act()
+        loss = nn.functional.cross_entropy(model(images), torch.tensor([0, 1]))
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    after = model.backbone.state_dict()
+    changed = [name for name in held if not torch.equal(after[name], before[name])]
     _require(spec, not changed, f"frozen tensors changed in training: {changed[:3]}")
 
 

@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,14 @@ from transferkit.artifacts import FORMAT_VERSION, load_artifact, save_artifact
 from transferkit.artifacts import format as artifact_format
 from transferkit.errors import ArtifactError, ConfigError, OutputError
 from transferkit.images import Preprocess
-from transferkit.models import BackboneSpec, Classifier, build_model, register_backbone
+from transferkit.models import (
+    BackboneSpec,
+    Classifier,
+    FreezePlan,
+    HeadSpec,
+    build_model,
+    register_backbone,
+)
 from transferkit.models.registry import _BACKBONES
 
 NAMES = ("ants", "bees")
@@ -80,9 +88,9 @@ def test_metadata_is_the_documented_one(saved: Path) -> None:
     data = read_metadata(saved)
     assert set(data) == {
         "format_version", "backbone", "num_features", "class_names", "preprocess",
-        "freeze_plan", "history", "versions",
+        "head", "freeze_plan", "history", "versions",
     }  # fmt: skip
-    assert data["format_version"] == FORMAT_VERSION
+    assert data["format_version"] == 1
 
 
 @pytest.mark.parametrize(
@@ -145,7 +153,7 @@ def test_history_that_is_no_json(model: Classifier, tmp_path: Path) -> None:
 
 
 def test_broken_weights_are_not_saved(model: Classifier, tmp_path: Path) -> None:
-    nn.init.constant_(model.head.weight, float("nan"))
+    nn.init.constant_(model.head.get_parameter("weight"), float("nan"))
     message = (
         "The model's logits are not finite (NaN or infinite): its weights are broken, and an "
         "artifact of it would be of no use. Train again, perhaps with a smaller `lr`."
@@ -416,3 +424,143 @@ def test_own_network_of_another_number_of_channels(tiny_spec: BackboneSpec, tmp_
     )
     with pytest.raises(ArtifactError, match=f"^{re.escape(message)}$"):
         load_artifact(path, backbone=network)
+
+
+# Heads
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("options", [{}, {"kind": "mlp", "hidden": (7, 5)}, {"kind": "cosine"}])
+def test_heads_round_trip(
+    options: dict[str, Any], dropout: float, tiny_spec: BackboneSpec, tmp_path: Path
+) -> None:
+    spec = HeadSpec(dropout=dropout, **options)
+    model = build_model(tiny_spec, 2, head=spec, weights=None)
+    path = save_artifact(tmp_path / "m.safetensors", model, class_names=NAMES)
+    assert read_metadata(path)["head"] == spec.to_dict()
+    loaded = load_artifact(path, backbone=tiny_spec).model
+    assert loaded.head_spec == spec
+    assert type(loaded.head) is type(model.head)
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(loaded(images), model.eval()(images))
+
+
+@pytest.mark.parametrize(
+    ("head", "freeze", "bn", "version"),
+    [
+        ("linear", "backbone", "adapt", 1),
+        ("linear", "none", "fixed", 1),
+        (HeadSpec(dropout=0.5), "none", "frozen", 2),
+        ("mlp", "none", "frozen", 2),
+        ("cosine", "none", "frozen", 2),
+        ("linear", "until:conv1", "frozen", 2),
+        ("linear", "backbone", "train", 2),
+    ],
+)
+def test_version_is_the_lowest_whose_readers_understand_the_file(
+    head: Any, freeze: Any, bn: Any, version: int, tiny_spec: BackboneSpec, tmp_path: Path
+) -> None:
+    model = build_model(tiny_spec, 2, head=head, freeze=freeze, bn=bn, weights=None)
+    path = save_artifact(tmp_path / "m.safetensors", model, class_names=NAMES)
+    assert read_metadata(path)["format_version"] == version
+    loaded = load_artifact(path, backbone=tiny_spec).model
+    assert loaded.freeze_plan == model.freeze_plan
+
+
+def test_file_from_before_there_were_other_heads(
+    saved: Path, model: Classifier, tiny_spec: BackboneSpec
+) -> None:
+    rewrite(saved, lambda data: (data.pop("head"), data["freeze_plan"].pop("until")))
+    loaded = load_artifact(saved, backbone=tiny_spec).model
+    assert loaded.head_spec == HeadSpec()
+    assert loaded.freeze_plan == FreezePlan(("backbone.layer1.*",))
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(loaded(images), model.eval()(images))
+
+
+def test_version_2_without_its_head(saved: Path, tiny_spec: BackboneSpec) -> None:
+    rewrite(saved, lambda data: (data.pop("head"), data.update(format_version=2)))
+    message = f"The artifact `{saved}` is incomplete or inconsistent (KeyError: 'head')."
+    with pytest.raises(ArtifactError, match=f"^{re.escape(message)}$"):
+        load_artifact(saved, backbone=tiny_spec)
+
+
+FIELDS = "['dropout', 'hidden', 'kind', 'scale']"
+
+
+@pytest.mark.parametrize(
+    ("head", "problem"),
+    [
+        (None, "`data` should be the mapping that `HeadSpec.to_dict` returns, found NoneType."),
+        ({"kind": "mlp"}, f"A head description should have the fields {FIELDS}, "
+         "found ['kind']."),
+        ({**HeadSpec().to_dict(), "kind": {}}, "`kind` of a head should be "
+         '"linear", "mlp" or "cosine", found {}.'),
+        ({**HeadSpec().to_dict(), "dropout": 1.5},
+         "`dropout` should be a finite number in [0, 1), the share to drop, found 1.5."),
+        ({**HeadSpec(kind="cosine").to_dict(), "scale": float("inf")},
+         "`scale` should be a finite number above 0, found inf."),
+        (HeadSpec(kind="cosine").to_dict(), "1 tensors are missing and 1 do not belong to it, "
+         "among them `head.scale`."),
+        (HeadSpec(kind="mlp", hidden=(10**12,)).to_dict(), "4 tensors are missing and 2 do not "
+         "belong to it, among them `head.hidden.0.bias`."),
+    ],
+)  # fmt: skip
+def test_description_of_a_head_that_cannot_be(
+    head: Any, problem: str, saved: Path, tiny_spec: BackboneSpec
+) -> None:
+    rewrite(saved, lambda data: data.update(head=head))
+    message = f"Cannot build the model of the artifact `{saved}`: {problem}"
+    with pytest.raises(ArtifactError, match=f"^{re.escape(message)}$"):
+        load_artifact(saved, backbone=tiny_spec)
+
+
+def test_widths_that_the_tensors_do_not_have_take_no_memory(
+    tiny_spec: BackboneSpec, tmp_path: Path
+) -> None:
+    model = build_model(tiny_spec, 2, head=HeadSpec(kind="mlp", hidden=(4,)), weights=None)
+    path = save_artifact(tmp_path / "m.safetensors", model, class_names=NAMES)
+    rewrite(path, lambda data: data["head"].update(hidden=[10**12]))
+    message = (
+        f"Cannot build the model of the artifact `{path}`: `head.hidden.0.weight` is "
+        f"torch.float32 (4, 16), expected torch.float32 (1000000000000, 16)."
+    )
+    with pytest.raises(ArtifactError, match=f"^{re.escape(message)}$"):
+        load_artifact(path, backbone=tiny_spec)
+
+
+@pytest.mark.parametrize(
+    ("changed", "problem"),
+    [
+        ({"head": {**HeadSpec(kind="cosine").to_dict(), "scale": 10**400}},
+         "OverflowError: int too large to convert to float"),
+        ({"backbone": 18}, "AttributeError: 'int' object has no attribute 'startswith'"),
+    ],
+)  # fmt: skip
+def test_values_that_nobody_expects(changed: dict[str, Any], problem: str, saved: Path) -> None:
+    rewrite(saved, lambda data: data.update({"backbone": "mnasnet0_5", **changed}))
+    message = f"The artifact `{saved}` is incomplete or inconsistent ({problem})."
+    with pytest.raises(ArtifactError, match=f"^{re.escape(message)}$"):
+        load_artifact(saved)
+
+
+def test_stage_that_the_backbone_does_not_have(saved: Path, tiny_spec: BackboneSpec) -> None:
+    rewrite(saved, lambda data: data["freeze_plan"].update(patterns=[], until="layer9"))
+    message = (
+        f"Cannot build the model of the artifact `{saved}`: Unknown stage `layer9`. Did you mean "
+        f"`layer1`? `[stage.name for stage in model.stages]` names all 2."
+    )
+    with pytest.raises(ArtifactError, match=f"^{re.escape(message)}$"):
+        load_artifact(saved, backbone=tiny_spec)
+
+
+def test_pretrained_head_is_not_in_the_file(tiny_spec: BackboneSpec, tmp_path: Path) -> None:
+    state = tiny_spec.build().state_dict()
+    spec = replace(tiny_spec, load_weights=lambda: state, class_names=tuple(map(str, range(10))))
+    model = build_model(spec, 2)
+    assert model.pretrained_head is not None
+    path = save_artifact(tmp_path / "m.safetensors", model, class_names=NAMES)
+    assert set(safetensors.torch.load_file(path)) == {
+        *(f"model.{name}" for name in model.state_dict()), "self_test.images", "self_test.logits",
+    }  # fmt: skip
+    assert load_artifact(path, backbone=spec).model.pretrained_head is None

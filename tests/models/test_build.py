@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import copy
+import pickle
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +12,17 @@ import pytest
 import torch
 from torch import nn
 
+from transferkit._seeding import seeded_torch
 from transferkit.errors import BackboneError, ConfigError, FreezeError, WeightsError
 from transferkit.images import Preprocess
-from transferkit.models import BackboneSpec, FreezePlan, build_model, register_backbone
+from transferkit.models import (
+    BackboneSpec,
+    Classifier,
+    FreezePlan,
+    HeadSpec,
+    build_model,
+    register_backbone,
+)
 from transferkit.models.registry import _BACKBONES
 
 
@@ -247,3 +258,159 @@ def test_number_of_channels_that_cannot_work_is_an_error(
     assert str(error.value) == (
         f"`num_channels` should be an integer of at least 1, found {number!r}."
     )
+
+
+# Heads
+
+
+def test_default_head_is_the_plain_layer_drawn_after_the_backbone(tiny_spec: BackboneSpec) -> None:
+    with seeded_torch(3, torch.device("cpu")):
+        network, num_features = tiny_spec.build_features()
+        head = nn.Linear(num_features, 2)
+    model = build_model(tiny_spec, 2, weights=None, seed=3)
+    assert type(model.head) is nn.Linear
+    assert model.head_spec == HeadSpec()
+    for found, expected in ((model.head, head), (model.backbone, network)):
+        for name, value in expected.state_dict().items():
+            assert torch.equal(found.state_dict()[name], value)
+
+
+@pytest.mark.parametrize(
+    "head", ["linear", "mlp", "cosine", HeadSpec(kind="mlp", hidden=(4, 5), dropout=0.5)]
+)
+def test_head_is_the_one_that_was_asked_for(tiny_spec: BackboneSpec, head: Any) -> None:
+    model = build_model(tiny_spec, 3, head=head, weights=None)
+    assert model.head_spec == HeadSpec.parse(head)
+    expected = model.head_spec.build(16, 3)
+    assert type(model.head) is type(expected)
+    shapes, wanted = (
+        {name: each.shape for name, each in module.state_dict().items()}
+        for module in (model.head, expected)
+    )
+    assert shapes == wanted
+    plain = build_model(tiny_spec, 3, weights=None)
+    for name, value in plain.backbone.state_dict().items():
+        assert torch.equal(model.backbone.state_dict()[name], value)
+    assert model(torch.rand(2, 3, 32, 32)).shape == (2, 3)
+
+
+def test_dropout_of_the_head_follows_the_mode(tiny_spec: BackboneSpec) -> None:
+    model = build_model(tiny_spec, 2, head=HeadSpec(dropout=0.9), weights=None, freeze="backbone")
+    images = torch.rand(2, 3, 32, 32)
+    assert not torch.equal(model(images), model(images))
+    model.eval()
+    assert torch.equal(model(images), model(images))
+
+
+@pytest.mark.parametrize("head", ["fc", None, 2, nn.Linear(16, 2)])
+def test_head_of_another_kind_is_an_error_before_anything_is_built(head: Any) -> None:
+    def fail() -> nn.Module:
+        raise AssertionError
+
+    spec = BackboneSpec(name="fails", build=fail, preprocess=GREY)
+    with pytest.raises(ConfigError) as error:
+        build_model(spec, 2, head=head)
+    assert str(error.value) == (
+        f'`head` should be "linear", "mlp", "cosine" or a HeadSpec, found {head!r}.'
+    )
+
+
+# The head that came with the weights
+
+NAMES = tuple(f"class {index}" for index in range(10))
+
+
+@pytest.fixture
+def tiny_state(tiny_spec: BackboneSpec) -> dict[str, torch.Tensor]:
+    torch.manual_seed(9)
+    return dict(tiny_spec.build().state_dict())
+
+
+@pytest.fixture
+def named_spec(tiny_spec: BackboneSpec, tiny_state: dict[str, torch.Tensor]) -> BackboneSpec:
+    """The tiny backbone with default weights and names for its ten classes."""
+    return replace(tiny_spec, load_weights=lambda: tiny_state, class_names=lambda: NAMES)
+
+
+@pytest.fixture
+def pretrained(named_spec: BackboneSpec) -> Classifier:
+    return build_model(named_spec, 2)
+
+
+def test_head_of_the_default_weights_is_kept(
+    pretrained: Classifier, tiny_state: dict[str, torch.Tensor]
+) -> None:
+    head = pretrained.pretrained_head
+    assert head is not None
+    assert head.class_names == NAMES
+    assert torch.equal(head.weight, tiny_state["fc.weight"])
+    assert torch.equal(head.bias, tiny_state["fc.bias"])
+
+
+def test_head_of_the_weights_gives_the_logits_of_the_whole_network(
+    pretrained: Classifier, tiny_spec: BackboneSpec, tiny_state: dict[str, torch.Tensor]
+) -> None:
+    whole = tiny_spec.build().eval()
+    whole.load_state_dict(tiny_state)
+    images = torch.rand(2, 3, 32, 32)
+    head = pretrained.eval().pretrained_head
+    assert head is not None
+    logits = pretrained.features(images) @ head.weight.T + head.bias
+    torch.testing.assert_close(logits, whole(images))
+
+
+def test_head_of_the_weights_is_no_part_of_the_state(
+    pretrained: Classifier, tiny_spec: BackboneSpec
+) -> None:
+    plain = build_model(tiny_spec, 2, weights=None)
+    assert pretrained.state_dict().keys() == plain.state_dict().keys()
+    assert pretrained.num_parameters == plain.num_parameters
+    assert "pretrained" not in repr(pretrained)
+
+
+def test_head_of_a_file_is_kept_when_it_has_a_row_for_each_name(
+    named_spec: BackboneSpec, tiny_state: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    path = tmp_path / "weights.pth"
+    tiny_state["fc.bias"] += 1
+    torch.save(tiny_state, path)
+    head = build_model(named_spec, 2, weights=path).pretrained_head
+    assert head is not None
+    assert torch.equal(head.bias, tiny_state["fc.bias"])
+    torch.save(tiny_state | {"fc.weight": torch.zeros(7, 16), "fc.bias": torch.zeros(7)}, path)
+    assert build_model(named_spec, 2, weights=path).pretrained_head is None
+
+
+def test_without_weights_or_names_there_is_no_pretrained_head(
+    named_spec: BackboneSpec, tiny_state: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    assert build_model(named_spec, 2, weights=None).pretrained_head is None
+    nameless = replace(named_spec, class_names=())
+    assert build_model(nameless, 2).pretrained_head is None
+    network, num_features = named_spec.build_features()
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    own = build_model(network, 2, num_features=num_features, weights=tmp_path / "weights.pth")
+    assert own.pretrained_head is None
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copy_has_the_same_heads(pretrained: Classifier, copied: Any) -> None:
+    twin = copied(pretrained)
+    assert twin.head_spec == pretrained.head_spec
+    for name, value in pretrained.state_dict().items():
+        assert torch.equal(twin.state_dict()[name], value)
+    head, expected = twin.pretrained_head, pretrained.pretrained_head
+    assert expected is not None
+    assert head.class_names == NAMES
+    assert torch.equal(head.weight, expected.weight)
+    assert torch.equal(head.bias, expected.bias)
+
+
+def test_pretrained_head_stays_where_it_is_when_the_model_moves(pretrained: Classifier) -> None:
+    head = pretrained.pretrained_head
+    moved = pretrained.to("meta")
+    assert moved.head_spec == HeadSpec()
+    assert moved.pretrained_head is head
+    assert head is not None
+    assert head.weight.device.type == "cpu"
+    assert head.weight.dtype == torch.float32

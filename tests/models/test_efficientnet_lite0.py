@@ -10,9 +10,11 @@ import timm
 import torch
 from torch import Tensor
 
-from transferkit.data import load_folders
+from transferkit.data import ImageLoader, load_folders
 from transferkit.errors import MissingDependencyError, WeightsError
 from transferkit.models import build_model, get_backbone
+from transferkit.models.heads import set_linear
+from transferkit.models.pretrained_head import match_class_names, pretrained_rows
 
 NAME = "efficientnet_lite0"
 BEE, ANT = 309, 310
@@ -48,22 +50,34 @@ def test_pixels_become_what_the_weights_expect() -> None:
     assert (preprocess.crop_size, preprocess.interpolation) == (224, "bicubic")
 
 
-def test_head_of_imagenet_tells_ants_from_bees(
-    photographs: Path, packaged: Mapping[str, Tensor]
+def test_head_of_the_weights_is_kept_with_the_names_of_imagenet(
+    packaged: Mapping[str, Tensor],
 ) -> None:
-    spec = get_backbone(NAME)
-    assert spec.convert_weights is not None
-    network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-    network.load_state_dict(spec.convert_weights(packaged))
-    network.eval()
+    head = build_model(NAME, 2).pretrained_head
+    assert head is not None
+    weight, bias = list(packaged.values())[-2:]
+    assert torch.equal(head.weight, weight)
+    assert torch.equal(head.bias, bias)
+    assert (head.class_names[BEE], head.class_names[ANT]) == ("bee", "ant")
+    assert build_model(NAME, 2, weights=None).pretrained_head is None
+
+
+def test_rows_of_imagenet_tell_ants_from_bees(photographs: Path) -> None:
+    model = build_model(NAME, 2).eval()
+    head = model.pretrained_head
+    assert head is not None
     val = load_folders(photographs).val
-    indices = list(range(0, len(val), 10))
-    transform = spec.preprocess.eval()
-    images = torch.stack([transform(val[index][0]) for index in indices])
+    assert val.class_names == ("ants", "bees")
+    rows = match_class_names(val.class_names, head.class_names)
+    assert rows == {"ants": (ANT,), "bees": (BEE,)}
+    start = pretrained_rows(head, rows, val.class_names)
+    set_linear(model.head, start.weight, start.bias)
+    loader = ImageLoader(val, model.preprocess.eval())
     with torch.inference_mode():
-        logits = network(images)[:, [ANT, BEE]]
-    accuracy = (logits.argmax(1).numpy() == val.targets[indices]).mean()
-    assert accuracy > 0.9
+        hits = [model(batch.images).argmax(1) == batch.targets for batch in loader.batches()]
+    loader.close()
+    accuracy = torch.cat(hits).double().mean().item()
+    assert accuracy == pytest.approx(0.97, abs=0.01)
 
 
 def test_file_in_the_names_of_timm_is_taken_too(tmp_path: Path) -> None:

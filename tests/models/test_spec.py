@@ -106,3 +106,46 @@ def test_without_a_head_path_only_head_keys_are_of_the_head() -> None:
     spec = make_spec(nn.Identity(), None, num_features=6, head_keys=("fc",))
     assert spec.is_head_key("fc.weight")
     assert not spec.is_head_key("body.weight")
+
+
+@pytest.mark.parametrize("names", [("ant", "bee"), ["ant", "bee"], lambda: ("ant", "bee")])
+def test_class_names_are_given_or_found(names: Any) -> None:
+    assert make_spec(nn.Linear(6, 2), class_names=names).find_class_names() == ("ant", "bee")
+
+
+def test_class_names_are_not_known_without_being_told() -> None:
+    assert make_spec(nn.Linear(6, 2)).find_class_names() == ()
+
+
+def test_class_names_are_found_late_and_not_in_the_repr() -> None:
+    def fail() -> tuple[str, ...]:
+        raise AssertionError
+
+    spec = make_spec(nn.Linear(6, 2), class_names=fail)
+    spec.build_features()
+    assert "class_names" not in repr(spec)
+
+
+@pytest.mark.parametrize("names", ["ant", [1, 2], lambda: "ant"])
+def test_class_names_that_are_no_texts_are_an_error(names: Any) -> None:
+    found = names() if callable(names) else names
+    with pytest.raises(BackboneError) as error:
+        make_spec(nn.Linear(6, 2), class_names=names).find_class_names()
+    assert str(error.value) == (
+        f"The `class_names` of backbone `nested` should be texts, one for each class of its "
+        f"weights' head, found {found!r}."
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, "top.last"),
+        ({"head_keys": ("aux",)}, "top.last"),
+        ({"head_path": None, "head_keys": ("fc",)}, "fc"),
+        ({"head_path": None, "head_keys": ("head", "head_dist")}, None),
+        ({"head_path": None}, None),
+    ],
+)
+def test_last_layer_of_the_weights_is_known(options: dict[str, Any], expected: str | None) -> None:
+    assert make_spec(nn.Linear(6, 10), **options).last_layer_key == expected

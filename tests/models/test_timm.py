@@ -16,6 +16,7 @@ from transferkit.errors import (
     WeightsError,
 )
 from transferkit.models import build_model, get_backbone, list_backbones
+from transferkit.models.torchvision_backbones import imagenet_class_names
 from transferkit.testing import check_backbone
 
 timm: Any = pytest.importorskip("timm")
@@ -167,19 +168,90 @@ def test_model_without_weights_has_no_default_ones(monkeypatch: pytest.MonkeyPat
     )
 
 
-def test_default_weights_are_those_that_timm_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+def pretend_weights(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
+    """Let timm take random weights for its pretrained ones; the list gets what it built."""
     plain = timm.create_model
-    whole = plain("test_resnet", pretrained=False, num_classes=0)
+    built: list[nn.Module] = []
 
     def create(name: str, *, pretrained: bool, num_classes: int) -> nn.Module:
-        assert (name, num_classes) == ("test_resnet", 0)
-        network: nn.Module = whole if pretrained else plain(name, num_classes=0)
+        network: nn.Module = plain(name, pretrained=False, num_classes=num_classes)
+        if pretrained:
+            built.append(network)
+        return network
+
+    monkeypatch.setattr(timm, "create_model", create)
+    return built
+
+
+def test_default_weights_are_those_that_timm_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = pretend_weights(monkeypatch)
+    model = build_model("timm:test_resnet", 2)
+    (whole,) = built
+    for name, value in model.backbone.state_dict().items():
+        assert torch.equal(whole.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "mobilenetv3_small_050"])
+def test_head_of_imagenet_is_kept_and_fits_the_features(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = pretend_weights(monkeypatch)
+    model = build_model(f"timm:{name}", 2).eval()
+    (whole,) = built
+    head = model.pretrained_head
+    assert head is not None
+    assert head.class_names == imagenet_class_names()
+    images = torch.rand(2, 3, 64, 64)
+    with torch.inference_mode():
+        logits = model.features(images) @ head.weight.T + head.bias
+        torch.testing.assert_close(logits, whole.eval()(images))
+
+
+def test_pointwise_convolution_of_timm_is_kept_as_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = pretend_weights(monkeypatch)
+    head = build_model("timm:test_nfnet", 2).pretrained_head
+    assert head is not None
+    assert torch.equal(head.weight, built[0].get_parameter("head.fc.weight").flatten(1))
+
+
+def test_layer_that_does_not_see_the_features_is_no_pretrained_head(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain = timm.create_model
+    built: list[nn.Module] = []
+
+    def create(name: str, *, pretrained: bool, num_classes: int) -> nn.Module:
+        network: nn.Module = plain(name, pretrained=False, num_classes=num_classes)
+        if num_classes:  # As EfficientViT has it; timm takes off both.
+            network.add_module("norm_before_fc", nn.BatchNorm1d(8))
+        built.extend([network] if pretrained else [])
         return network
 
     monkeypatch.setattr(timm, "create_model", create)
     model = build_model("timm:test_resnet", 2)
-    for name, value in whole.state_dict().items():
-        assert torch.equal(model.backbone.state_dict()[name], value)
+    assert model.pretrained_head is None
+    assert "fc.weight" in built[0].state_dict()
+    for name, value in model.backbone.state_dict().items():
+        assert torch.equal(built[0].state_dict()[name], value)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"num_classes": 21843}, {"num_classes": 0}, {"classifier": ("fc", "fc2")}]
+)
+def test_other_heads_are_left_out(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, **changes)
+    built = pretend_weights(monkeypatch)
+    assert build_model("timm:test_resnet", 2).pretrained_head is None
+    assert "fc.weight" not in built[0].state_dict()
+
+
+def test_head_of_a_file_is_kept_too(tmp_path: Path) -> None:
+    whole = timm.create_model("test_resnet", pretrained=False)
+    path = tmp_path / "whole.pth"
+    torch.save(whole.state_dict(), path)
+    head = build_model("timm:test_resnet", 2, weights=path).pretrained_head
+    assert head is not None
+    assert torch.equal(head.weight, whole.fc.weight)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,11 @@ from torchvision import models
 
 from transferkit.images import Preprocess
 from transferkit.models import get_backbone
-from transferkit.models.torchvision_backbones import torchvision_names, torchvision_spec
+from transferkit.models.torchvision_backbones import (
+    imagenet_class_names,
+    torchvision_names,
+    torchvision_spec,
+)
 
 
 def smooth_picture() -> Tensor:
@@ -53,6 +57,8 @@ def test_spec_says_what_the_weights_say(name: str) -> None:
         std=tuple(transforms.std),
     )
     assert spec.load_weights is not None
+    categories = models.get_model_weights(name).DEFAULT.meta["categories"]
+    assert spec.find_class_names() == tuple(categories)
 
 
 def test_licence_of_the_weights_is_carried() -> None:
@@ -91,3 +97,14 @@ def test_features_are_what_goes_into_the_head_of_torchvision() -> None:
         features = network.eval()(images)
         assert features.shape == (2, num_features)
         assert torch.equal(whole.fc(features), whole(images))
+
+
+def test_names_of_imagenet_are_a_thousand_different_ones() -> None:
+    names = imagenet_class_names()
+    assert len(set(names)) == len(names) == 1000
+    assert (names[0], names[309], names[310], names[999]) == (
+        "tench",
+        "bee",
+        "ant",
+        "toilet tissue",
+    )

@@ -22,7 +22,12 @@ from torchvision import models
 from transferkit.errors import WeightsError
 from transferkit.images import Preprocess
 from transferkit.models import BackboneSpec, build_model
-from transferkit.models.weights import fetch_weights, load_into, read_state_dict
+from transferkit.models.weights import (
+    fetch_weights,
+    find_pretrained_head,
+    load_into,
+    read_state_dict,
+)
 
 # After an error, the client drops its connection without closing it.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
@@ -213,7 +218,14 @@ def test_default_weights_in_the_cache_need_no_network(
         f"https://nowhere.invalid/squeezenet1_1-{digest}.pth",
     )
     monkeypatch.delattr(pooch, "retrieve")
-    assert_backbone_is(build_model("squeezenet1_1", 2).backbone, whole.state_dict())
+    model = build_model("squeezenet1_1", 2)
+    assert_backbone_is(model.backbone, whole.state_dict())
+    # Its last layer is a 1x1 convolution.
+    head = model.pretrained_head
+    assert head is not None
+    assert torch.equal(head.weight, whole.state_dict()["classifier.1.weight"][:, :, 0, 0])
+    assert torch.equal(head.bias, whole.state_dict()["classifier.1.bias"])
+    assert head.class_names[309:311] == ("bee", "ant")
 
 
 # Reading
@@ -345,6 +357,9 @@ def test_local_file_gives_exactly_its_weights(
     model = build_model("resnet18", 2, weights=str(path))
     assert_backbone_is(model.backbone, state)
     assert model.head.weight.shape == (2, 512)
+    assert (model.pretrained_head is not None) is with_head
+    if model.pretrained_head is not None:
+        assert torch.equal(model.pretrained_head.weight, state["fc.weight"])
 
 
 def test_old_names_of_densenet_are_understood(tmp_path: Path) -> None:
@@ -362,7 +377,10 @@ def test_side_heads_of_googlenet_are_passed_over(tmp_path: Path) -> None:
     state = models.googlenet(weights=None, aux_logits=True, init_weights=False).state_dict()
     assert any(name.startswith("aux2.") for name in state)
     path = write(state, tmp_path / "weights.pth")
-    assert_backbone_is(build_model("googlenet", 2, weights=path).backbone, state)
+    model = build_model("googlenet", 2, weights=path)
+    assert_backbone_is(model.backbone, state)
+    assert model.pretrained_head is not None
+    assert torch.equal(model.pretrained_head.weight, state["fc.weight"])
 
 
 def test_mnasnet_loads_from_a_file_without_its_version(tmp_path: Path) -> None:
@@ -472,3 +490,79 @@ def test_weights_of_another_network_are_an_error(tmp_path: Path) -> None:
         WeightsError, match=r"^The weights do not fit the backbone `resnet18`: \d+ missing \(conv1"
     ):
         build_model("resnet18", 2, weights=path)
+
+
+# The head that comes with them
+
+NAMES = ("ant", "bee", "cat", "dog", "elk")
+
+
+def find_small(state: Mapping[str, Tensor], num_features: int = 4, **options: Any) -> Any:
+    spec = small_spec(**{"class_names": NAMES, **options})
+    network, _ = spec.build_features()
+    return find_pretrained_head(load_into(network, state, spec), spec, num_features)
+
+
+def test_what_belongs_to_the_head_is_handed_back_in_the_networks_names() -> None:
+    state = small_state()
+    spec = small_spec(
+        head_keys=("aux",),
+        convert_weights=lambda state: {
+            name.removeprefix("module."): value for name, value in state.items()
+        },
+    )
+    network, _ = spec.build_features()
+    foreign = {f"module.{name}": value for name, value in state.items()}
+    head = load_into(network, foreign | {"aux.weight": torch.ones(1)}, spec)
+    assert set(head) == {"2.weight", "2.bias", "aux.weight"}
+    assert torch.equal(head["2.weight"], state["2.weight"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_head_of_the_weights_is_kept_with_its_names(dtype: torch.dtype) -> None:
+    state = small_state()
+    state["2.weight"] = state["2.weight"].to(dtype).requires_grad_()
+    head = find_small(state)
+    assert head.class_names == NAMES
+    assert torch.equal(head.weight, state["2.weight"])
+    assert torch.equal(head.bias, state["2.bias"])
+    assert not head.weight.requires_grad
+    state["2.bias"].zero_()
+    assert head.bias.abs().sum() > 0
+
+
+def test_pointwise_convolution_counts_as_a_linear_layer() -> None:
+    state = small_state()
+    expected = state["2.weight"]
+    state["2.weight"] = expected.view(5, 4, 1, 1)
+    assert torch.equal(find_small(state).weight, expected)
+
+
+def test_head_without_a_bias_has_one_of_zeros() -> None:
+    state = small_state()
+    del state["2.bias"]
+    assert torch.equal(find_small(state).bias, torch.zeros(5))
+
+
+@pytest.mark.parametrize(
+    ("changed", "options"),
+    [
+        ({}, {"class_names": ()}),
+        ({}, {"class_names": NAMES[:4]}),
+        ({}, {"num_features": 3}),
+        ({"2.weight": torch.zeros(4, 4)}, {}),
+        ({"2.weight": torch.zeros(5, 4, 3, 3)}, {}),
+        ({"2.weight": torch.zeros(5)}, {}),
+        ({"2.weight": torch.zeros(())}, {}),
+        ({"2.bias": torch.zeros(5, 1)}, {}),
+        ({"2.weight": None}, {}),
+    ],
+)
+def test_weights_without_a_head_that_fits_have_none(
+    changed: dict[str, Any], options: dict[str, Any]
+) -> None:
+    state = small_state() | changed
+    assert (
+        find_small({key: each for key, each in state.items() if each is not None}, **options)
+        is None
+    )

@@ -16,9 +16,22 @@ import torch
 from torch import Tensor, nn
 
 from transferkit.artifacts.format import read_file, write_file
-from transferkit.errors import ArtifactError, ConfigError, TransferkitError, UnknownNameError
+from transferkit.errors import (
+    ArtifactError,
+    ConfigError,
+    FreezeError,
+    TransferkitError,
+    UnknownNameError,
+)
 from transferkit.images import Preprocess
-from transferkit.models import BackboneSpec, Classifier, FreezePlan, build_model, get_backbone
+from transferkit.models import (
+    BackboneSpec,
+    Classifier,
+    FreezePlan,
+    HeadSpec,
+    build_model,
+    get_backbone,
+)
 from transferkit.models.modes import evaluating
 
 SELF_TEST_TOLERANCE = 1e-3
@@ -27,6 +40,7 @@ SELF_TEST_TOLERANCE = 1e-3
 _SELF_TEST_SEED = 0
 _SELF_TEST_SIZE = (48, 40)
 _MODEL_PREFIX = "model."
+_HEAD_PREFIX = "head."
 _SELF_TEST_IMAGES = "self_test.images"
 _SELF_TEST_LOGITS = "self_test.logits"
 
@@ -87,10 +101,12 @@ def save_artifact(
         )
     tensors |= {_SELF_TEST_IMAGES: images, _SELF_TEST_LOGITS: logits}
     data = {
+        "format_version": _format_version(model),
         "backbone": model.backbone_name,
         "num_features": model.num_features,
         "class_names": list(names),
         "preprocess": model.preprocess.to_dict(),
+        "head": model.head_spec.to_dict(),
         "freeze_plan": model.freeze_plan.to_dict(),
         "history": None if history is None else dict(history),
         "versions": _versions(),
@@ -131,7 +147,14 @@ def load_artifact(
         ) from error
     except TransferkitError as error:
         raise ArtifactError(f"Cannot build the model of the artifact `{path}`: {error}") from error
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        OverflowError,
+        RuntimeError,
+    ) as error:
         raise ArtifactError(
             f"The artifact `{path}` is incomplete or inconsistent "
             f"({type(error).__name__}: {str(error).splitlines()[0]})."
@@ -141,33 +164,69 @@ def load_artifact(
     return artifact
 
 
+def _format_version(model: Classifier) -> int:
+    """Return the lowest version whose readers understand all that is said of the model.
+
+    Readers of version 1 pass over fields that they do not know: they would take dropout
+    before the head for none, and a backbone that is frozen up to a stage for one that trains.
+    """
+    plan = model.freeze_plan
+    is_plain = model.head_spec == HeadSpec() and plan.until is None and plan.bn != "train"
+    return 1 if is_plain else 2
+
+
 def _build(
     tensors: Mapping[str, Tensor],
     data: Mapping[str, Any],
     backbone: BackboneSpec | nn.Module | None,
 ) -> Artifact:
     class_names = data["class_names"]
+    if backbone is None:
+        backbone = get_backbone(data["backbone"])
     own = isinstance(backbone, nn.Module)
-    model = build_model(
-        get_backbone(data["backbone"]) if backbone is None else backbone,
-        num_classes=len(class_names),
-        weights=None,
-        num_features=data["num_features"] if own else None,
-        preprocess=Preprocess.from_dict(data["preprocess"]),
-    )
-    _check_class_names(class_names, model.num_classes)
     state = {
         name.removeprefix(_MODEL_PREFIX): value
         for name, value in tensors.items()
         if name.startswith(_MODEL_PREFIX)
     }
+    model = build_model(
+        backbone,
+        num_classes=len(class_names),
+        head=_read_head(data, state),
+        weights=None,
+        num_features=data["num_features"] if own else None,
+        preprocess=Preprocess.from_dict(data["preprocess"]),
+    )
+    _check_class_names(class_names, model.num_classes)
     _check_tensors(state, model.state_dict())
     # Not `load_state_dict`: some networks want a module version there that no file carries.
     with torch.no_grad():
         for name, value in model.state_dict().items():
             value.copy_(state[name])
-    model.freeze(FreezePlan.from_dict(data["freeze_plan"]))
+    _freeze(model, data)
     return Artifact(model.eval(), tuple(class_names), data["history"], data["versions"])
+
+
+def _read_head(data: Mapping[str, Any], state: Mapping[str, Tensor]) -> HeadSpec:
+    """Return the description of the head, when the file holds the tensors of such a head."""
+    if "head" not in data and data["format_version"] == 1:
+        return HeadSpec()  # From before there were others.
+    spec = HeadSpec.from_dict(data["head"])
+    # On no device, so that widths that the file only claims to have take no memory.
+    with torch.device("meta"):
+        head = spec.build(data["num_features"], len(data["class_names"]))
+    found = {name: value for name, value in state.items() if name.startswith(_HEAD_PREFIX)}
+    _check_tensors(
+        found, {f"{_HEAD_PREFIX}{name}": value for name, value in head.state_dict().items()}
+    )
+    return spec
+
+
+def _freeze(model: Classifier, data: Mapping[str, Any]) -> None:
+    try:
+        model.freeze(FreezePlan.from_dict(data["freeze_plan"]))
+    except UnknownNameError as error:  # Of a stage: the backbone has been found by its name.
+        raise FreezeError(str(error)) from error
 
 
 def _check_tensors(found: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:

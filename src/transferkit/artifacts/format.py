@@ -18,8 +18,8 @@ from transferkit._checks import check_path
 from transferkit._files import atomic_path
 from transferkit.errors import ArtifactError, ConfigError
 
-FORMAT_VERSION = 1
-"""The version this library writes. It reads this one and refuses newer ones."""
+FORMAT_VERSION = 2
+"""The newest version that is written. It and older ones are read, newer ones are refused."""
 
 _JSON_KEY = "transferkit"
 _DIGEST_KEY = "transferkit_sha256"
@@ -33,7 +33,8 @@ def write_file(
     Args:
         path: Where to write.
         tensors: Names to tensors, any device; they are not changed.
-        data: Plain JSON data; the format version is added.
+        data: Plain JSON data, with the `format_version` that its readers need, which is at
+            most `FORMAT_VERSION`.
 
     Returns:
         The path.
@@ -45,9 +46,8 @@ def write_file(
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     # Two names for one memory (tied weights) are two tensors in the file.
     separate = {name: value.clone() for name, value in plain.items()}
-    everything = {"format_version": FORMAT_VERSION, **data}
     try:
-        text = json.dumps(everything, allow_nan=False, sort_keys=True)
+        text = json.dumps(data, allow_nan=False, sort_keys=True)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"The metadata of an artifact should be JSON data: {error}.") from error
     metadata = {_JSON_KEY: text, _DIGEST_KEY: _digest(separate, text)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -13,7 +13,7 @@ from transferkit._seeding import check_seed
 from transferkit.data.cache import LocalCache, PixelCache, SharedCache
 from transferkit.data.dataset import ImageDataset, SkippedFile
 from transferkit.data.reading import Batch, Loaded, Reader
-from transferkit.data.sampling import EpochSampler
+from transferkit.data.sampling import EpochSampler, Key, Order
 from transferkit.data.workers import NoWorkers, ProcessWorkers, ThreadWorkers, Workers
 from transferkit.errors import ConfigError, DataError, ImageError
 from transferkit.images import Transform, is_seedable
@@ -144,6 +144,42 @@ class ImageLoader:
             )
         self._check_idle()
         return self._batches(epoch, start)
+
+    def order(self, epoch: int) -> Order:
+        """Return the pictures of an epoch in their order: a pure function of (seed, epoch).
+
+        Args:
+            epoch: Which pass it is, from 0.
+
+        Returns:
+            Indices int64 `(N,)`, and for each how often it came before in this epoch.
+        """
+        return self._sampler.order(epoch)
+
+    @property
+    def balanced(self) -> bool:
+        """Whether each class is drawn equally often."""
+        return self._sampler.balanced
+
+    def read(self, indices: Sequence[int], *, epoch: int) -> Batch:
+        """Read some pictures as a pass over this epoch would show them, in this thread.
+
+        Args:
+            indices: Their places in the data set, at least one.
+            epoch: The epoch, from 0.
+
+        Returns:
+            The batch, without pictures that `on_error="skip"` leaves out.
+
+        Raises:
+            ImageError: A picture cannot be read.
+            DataError: None of them could be read.
+        """
+        reader = Reader(self.dataset, self.transform, seed=self._sampler.seed, cache=None)
+        batch = self._admit(reader.__getitems__([Key(epoch, index) for index in indices]))
+        if batch is None:
+            raise DataError(f"None of the {len(indices)} pictures can be read.")
+        return batch
 
     def _check_idle(self) -> None:
         if self._pass is not None and self._has_processes:

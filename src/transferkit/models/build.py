@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -14,17 +13,20 @@ from transferkit.errors import BackboneError, ConfigError, WeightsError
 from transferkit.images import Preprocess
 from transferkit.models.channels import adapt_channels, adapt_preprocess
 from transferkit.models.classifier import Classifier
-from transferkit.models.freezing import BatchNormMode, FreezePlan
+from transferkit.models.freezing import BatchNormMode, Freeze, FreezePlan
+from transferkit.models.heads import HeadSpec
+from transferkit.models.pretrained_head import PretrainedHead
 from transferkit.models.registry import get_backbone
 from transferkit.models.spec import BackboneSpec
-from transferkit.models.weights import load_into, read_state_dict
+from transferkit.models.weights import find_pretrained_head, load_into, read_state_dict
 
 
 def build_model(
     backbone: str | BackboneSpec | nn.Module,
     num_classes: int,
     *,
-    freeze: str | Sequence[str] | FreezePlan = "none",
+    head: str | HeadSpec = "linear",
+    freeze: Freeze = "none",
     bn: BatchNormMode = "frozen",
     weights: str | os.PathLike[str] | None = "default",
     seed: int = 0,
@@ -32,18 +34,23 @@ def build_model(
     preprocess: Preprocess | None = None,
     num_channels: int | None = None,
 ) -> Classifier:
-    """Build a classifier: a backbone with its weights and a new linear head.
+    """Build a classifier: a backbone with its weights and a new head.
 
     Args:
         backbone: A name (`list_backbones()` names them, `timm:<name>` any model of timm), a
             `BackboneSpec`, or a network of your own that gives features `(N, D)`; the
             network is taken as it is, not copied.
         num_classes: The number of classes, at least 2.
+        head: What turns features into logits: "linear", "mlp" with a hidden layer before the
+            last one, "cosine", or a `HeadSpec`, which has dropout and widths too.
         freeze: What does not train: "none" for fine-tuning, "backbone" for linear probing,
-            globs over parameter names, or a `FreezePlan`.
-        bn: What BatchNorm statistics do: "frozen" ones of frozen modules stand still, with
-            "adapt" they follow the training batches, as in the PyTorch lesson on transfer
-            learning, and with "fixed" all stand still, also where the weights train.
+            "until:<stage>" for the stages up to that one, globs over parameter names, a
+            callable from a parameter's name and the parameter to True or False, or a
+            `FreezePlan`.
+        bn: What BatchNorm layers of frozen modules do: "frozen" ones stand still; with "train"
+            their weights and statistics train; with "adapt" the statistics alone follow the
+            training batches, as in the PyTorch lesson on transfer learning. With "fixed" all
+            statistics of the backbone stand still, also where the weights train.
         weights: "default" loads the backbone's own weights from the cache, a package or the
             network; None keeps random ones; a path reads a `.pth` or `.safetensors` state
             dict in the provider's names. A network of your own keeps its weights unless
@@ -60,7 +67,8 @@ def build_model(
             are averaged for 1 channel, else repeated in order, unless `preprocess` is given.
 
     Returns:
-        The classifier, on the CPU, in training mode.
+        The classifier, on the CPU, in training mode. Its `pretrained_head` is what the
+        weights' own head was, where the names of its classes are known.
 
     Raises:
         UnknownNameError: There is no such backbone.
@@ -85,7 +93,9 @@ def build_model(
     num_classes = check_integer("num_classes", num_classes, minimum=2)
     if preprocess is not None:
         check_type("preprocess", preprocess, Preprocess, "a Preprocess or None")
-    plan = FreezePlan.parse(freeze, bn=bn)
+    head = HeadSpec.parse(head)
+    if not callable(freeze) or isinstance(freeze, type):
+        freeze = FreezePlan.parse(freeze, bn=bn)  # Before anything is built.
     spec = _resolve_spec(backbone, num_features, preprocess)
     own_network = isinstance(backbone, nn.Module)
     wanted = _resolve_preprocess(spec, preprocess, num_channels, own_network=own_network)
@@ -97,13 +107,15 @@ def build_model(
             num_classes=num_classes,
             backbone_name=spec.name,
             preprocess=wanted,
+            head=head,
+            stages=spec.find_stages(network),
         )
-        _load_weights(model.backbone, spec, weights, own_network=own_network)
+        model.pretrained_head = _load_weights(model, spec, weights, own_network=own_network)
         if wanted.num_channels != spec.preprocess.num_channels:
             adapt_channels(
                 model.backbone, wanted.num_channels, preprocess=spec.preprocess, name=spec.name
             )
-    return model.freeze(plan).train()
+    return model.freeze(freeze, bn=bn).train()
 
 
 def _resolve_spec(
@@ -162,25 +174,28 @@ def _resolve_preprocess(
 
 
 def _load_weights(
-    network: nn.Module,
+    model: Classifier,
     spec: BackboneSpec,
     weights: str | os.PathLike[str] | None,
     *,
     own_network: bool,
-) -> None:
+) -> PretrainedHead | None:
+    """Load the weights into the backbone and return the head that came with them."""
     if weights is not None and not isinstance(weights, (str, os.PathLike)):
         raise ConfigError(
             f'`weights` should be "default", None or the path of a .pth or .safetensors file, '
             f"found {weights!r}."
         )
     if weights is None or (own_network and weights == "default"):
-        return
+        return None
     if weights != "default":
-        load_into(network, read_state_dict(weights), spec)
-        return
-    if spec.load_weights is None:
+        state = read_state_dict(weights)
+    elif spec.load_weights is not None:
+        state = spec.load_weights()
+    else:
         raise WeightsError(
             f"Backbone `{spec.name}` has no default weights. Pass a file as `weights=PATH` or "
             f"keep random weights with `weights=None`."
         )
-    load_into(network, spec.load_weights(), spec)
+    head = load_into(model.backbone, state, spec)
+    return find_pretrained_head(head, spec, model.num_features)

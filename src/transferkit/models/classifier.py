@@ -2,20 +2,46 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import Self
 
-from transferkit.errors import BackboneError, FreezeError
+from transferkit._checks import check_integer
+from transferkit.data.loader import DEFAULT_MAX_SKIPPED, OnError
+from transferkit.errors import BackboneError, ConfigError, FreezeError
 from transferkit.images import Preprocess
-from transferkit.models.freezing import BatchNormMode, FreezePlan, find_pinned, pin
+from transferkit.models.freezing import (
+    BatchNormMode,
+    Freeze,
+    FreezePlan,
+    find_pinned,
+    is_batch_norm,
+    pin,
+)
+from transferkit.models.heads import HeadSpec
+from transferkit.models.pretrained_head import PretrainedHead
+from transferkit.models.splitting import (
+    Split,
+    count_inert_stages,
+    is_inert,
+    split_backbone,
+)
+from transferkit.models.stages import Stage
+
+if TYPE_CHECKING:
+    from transferkit.data import ImageDataset
+    from transferkit.models.engines import EngineName, Precision
+    from transferkit.models.features import Features
+    from transferkit.models.summary import ModelSummary
 
 
 class Classifier(nn.Module):
-    """Classify images with a backbone and a linear head.
+    """Classify images with a backbone and a head.
 
     Parameter names are always `backbone.*` and `head.*`. `build_model` is the usual way
     to one.
@@ -26,6 +52,8 @@ class Classifier(nn.Module):
         num_classes: The number of classes, at least 2.
         backbone_name: The name that the artifact will carry.
         preprocess: How pictures become images for this backbone.
+        head: "linear", "mlp", "cosine" or a `HeadSpec`, which `head_spec` keeps.
+        stages: The stages of the backbone, for freezing up to one of them (`find_stages`).
 
     Example:
         >>> model = Classifier(nn.Flatten(), num_features=48, num_classes=2,
@@ -42,16 +70,26 @@ class Classifier(nn.Module):
         num_classes: int,
         backbone_name: str,
         preprocess: Preprocess,
+        head: str | HeadSpec = "linear",
+        stages: Sequence[Stage] = (),
     ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.head: nn.Linear = nn.Linear(num_features, num_classes)
+        self.head_spec: HeadSpec = HeadSpec.parse(head)
+        self.head: nn.Module = self.head_spec.build(num_features, num_classes)
         self.num_features = num_features
         self.num_classes = num_classes
         self.backbone_name = backbone_name
         self.preprocess = preprocess
+        self.stages: tuple[Stage, ...] = tuple(stages)
         self.freeze_plan: FreezePlan = FreezePlan()
         self._pinned: tuple[str, ...] = ()
+        self.pretrained_head: PretrainedHead | None = None
+        """The classifier that came with the backbone's weights, as a start for the head.
+
+        It stays on the CPU and is no part of the state dict. None where the backbone has
+        random weights, or they came without a last layer or the names of its classes.
+        """
 
     def features(self, images: Tensor) -> Tensor:
         """Compute the features of images.
@@ -67,8 +105,26 @@ class Classifier(nn.Module):
         """
         if not torch.compiler.is_compiling():
             self._pin()
-        features = self.backbone(images)
-        expected = (len(images), self.num_features)
+        return self._check_features(self.backbone(images), len(images))
+
+    def features_from(self, activations: Tensor, split: Split) -> Tensor:
+        """Compute the features of images from what the first stages made of them.
+
+        Args:
+            activations: What `split.prefix` gives, `(N, ...)`.
+            split: The parts of this model's backbone, see `split`.
+
+        Returns:
+            float32 `(N, D)`.
+
+        Raises:
+            BackboneError: The backbone gives something of another shape.
+        """
+        self._pin()
+        return self._check_features(split.suffix(activations), len(activations))
+
+    def _check_features(self, features: Tensor, count: int) -> Tensor:
+        expected = (count, self.num_features)
         if not isinstance(features, Tensor) or features.shape != expected:
             found = tuple(features.shape) if isinstance(features, Tensor) else type(features)
             raise BackboneError(
@@ -82,14 +138,14 @@ class Classifier(nn.Module):
         logits: Tensor = self.head(self.features(images))
         return logits
 
-    def freeze(
-        self, freeze: str | Sequence[str] | FreezePlan, *, bn: BatchNormMode = "frozen"
-    ) -> Self:
+    def freeze(self, freeze: Freeze, *, bn: BatchNormMode = "frozen") -> Self:
         """Freeze what the plan names and unfreeze everything else, in place.
 
         Args:
-            freeze: "none", "backbone", globs over parameter names, or a plan.
-            bn: "frozen", "adapt" or "fixed", see `FreezePlan`.
+            freeze: "none", "backbone", "until:<stage>" (`stages` names them), globs over
+                parameter names, a callable from a parameter's name and the parameter to
+                True or False, or a plan.
+            bn: "frozen", "train", "adapt" or "fixed", see `FreezePlan`.
 
         Returns:
             The model itself.
@@ -97,16 +153,45 @@ class Classifier(nn.Module):
         Raises:
             FreezeError: A pattern matches nothing, or the plan cannot be understood. The
                 model is left as it was.
+            UnknownNameError: The backbone has no such stage.
         """
-        plan = FreezePlan.parse(freeze, bn=bn)
-        frozen = plan.frozen_names(self)
+        plan = FreezePlan.parse(freeze, bn=bn, model=self, stages=self.stages)
+        named = plan.frozen_names(self, self.stages)
+        frozen = named
+        if plan.bn == "train":
+            frozen = {name for name in named if not is_batch_norm(name, self)}
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name not in frozen)
             if name in frozen:
                 parameter.grad = None
         self.freeze_plan = plan
-        self._pinned = tuple(find_pinned(self, frozen))
+        self._pinned = tuple(find_pinned(self, named, self.stages))
         return self.train(self.training)
+
+    def unfreeze(self, what: Freeze) -> Self:
+        """Unfreeze what is named and leave the rest as it is, in place.
+
+        Args:
+            what: "all"; "backbone"; "from:<stage>" for everything but the stages before it;
+                "until:<stage>" for it and those before it; a stage's name; "next" for the last
+                stage of which anything is frozen; globs over parameter names, or a callable as
+                for `freeze`.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            FreezeError: A pattern matches nothing, or nothing of it was frozen. The model is
+                left as it was.
+            UnknownNameError: The backbone has no such stage.
+
+        Example:
+            >>> from transferkit.models import build_model
+            >>> model = build_model("resnet18", 2, weights=None, freeze="backbone")
+            >>> model.unfreeze("from:layer4").freeze_plan.until
+            'layer3'
+        """
+        return self.freeze(self.freeze_plan.unfreeze(what, self, self.stages))
 
     def train(self, mode: bool = True) -> Self:
         """Set training mode, except for frozen modules, which stay in eval."""
@@ -121,14 +206,126 @@ class Classifier(nn.Module):
         for name in self._pinned:
             module = self.get_submodule(name)
             if any(
-                layer.training != (bn == "adapt" and isinstance(layer, _BatchNorm))
+                layer.training != (bn in ("adapt", "train") and isinstance(layer, _BatchNorm))
                 for layer in module.modules()
             ):
                 pin(module, bn)
         if bn == "fixed":
             for layer in self.backbone.modules():
-                if isinstance(layer, _BatchNorm) and layer.training:
-                    layer.eval()
+                if isinstance(layer, _BatchNorm):
+                    layer.training = False  # Not `eval()`: a layer may hold others.
+
+    @property
+    def num_inert_stages(self) -> int:
+        """The number of leading stages that compute one function of an image while others train.
+
+        All their parameters are frozen, their modules are pinned, and none of them looks at the
+        batch, as BatchNorm does under `bn="adapt"`.
+        """
+        return count_inert_stages(self.backbone, self.stages, self._pinned, self.freeze_plan.bn)
+
+    def split(self, num_stages: int | None = None) -> Split | None:
+        """Cut the backbone into a prefix and a suffix that share its modules.
+
+        Where it is cut within, two images of noise are run through the parts and the whole.
+
+        Args:
+            num_stages: The number of stages in the prefix, whether they are frozen or not, at
+                least 1. None takes the longest prefix that is inert and can be cut off; a
+                backbone without stages is all prefix or none.
+
+        Returns:
+            The two parts. None where nothing is inert, or the backbone cannot be cut there.
+
+        Raises:
+            ConfigError: There are not so many stages.
+        """
+        if num_stages is None and not self.stages:
+            is_still = "backbone" in self._pinned and is_inert(self.backbone, self.freeze_plan.bn)
+            return Split(self.backbone, nn.Identity(), 0) if is_still else None
+        counts: Sequence[int] = range(self.num_inert_stages, 0, -1)
+        if num_stages is not None:
+            counts = [check_integer("num_stages", num_stages, minimum=1)]
+            if counts[0] > len(self.stages):
+                raise ConfigError(
+                    f"`num_stages` should be at most {len(self.stages)}, the number of stages of "
+                    f"the backbone, found {num_stages}."
+                )
+        return split_backbone(self.backbone, self.stages, counts, self._noise(2))
+
+    def _noise(self, count: int) -> Tensor:
+        size, own = self.preprocess.crop_size, next(self.parameters())
+        shape = (count, self.preprocess.num_channels, size, size)
+        return torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(own)
+
+    def extract_features(
+        self,
+        data: ImageDataset | str | os.PathLike[str],
+        *,
+        engine: EngineName = "pytorch",
+        precision: Precision = "float32",
+        batch_size: int | Literal["auto"] = "auto",
+        num_workers: int | Literal["auto"] = "auto",
+        on_error: OnError = "raise",
+        max_skipped: float = DEFAULT_MAX_SKIPPED,
+        verbose: bool = True,
+    ) -> Features:
+        """Compute the features of pictures, preprocessed as for evaluation.
+
+        Args:
+            data: The pictures, or a folder of them; its subfolders are the classes, if any.
+            engine: What computes them: "pytorch", or "openvino" where that extra is installed.
+            precision: "float32", or "bfloat16" where the processor has it.
+            batch_size: Pictures in a batch; "auto" takes what is fast on this machine.
+            num_workers: Threads or processes that read pictures; "auto" chooses.
+            on_error: "raise" ends at a picture that cannot be read, "skip" leaves it out.
+            max_skipped: The share of pictures, in [0, 1], beyond which skipping is an error.
+            verbose: Show a progress bar.
+
+        Returns:
+            The features, with the paths and labels of their pictures.
+
+        Raises:
+            TransferkitError: As `transferkit.models.features.extract_features` says.
+
+        Example:
+            >>> import tempfile
+            >>> from transferkit.models import build_model
+            >>> from transferkit.testing import make_image_folder
+            >>> model = build_model("mnasnet0_5", 2, weights=None)
+            >>> folder = make_image_folder(tempfile.mkdtemp(), num_train=1) / "train"
+            >>> model.extract_features(folder, verbose=False).values.shape
+            torch.Size([2, 1280])
+        """
+        from transferkit.models.features import extract_features
+
+        return extract_features(
+            self,
+            data,
+            engine=engine,
+            precision=precision,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            on_error=on_error,
+            max_skipped=max_skipped,
+            verbose=verbose,
+        )
+
+    def summary(self, *, verbose: bool = True) -> ModelSummary:
+        """Describe the stages: modules, shapes, parameters, what is frozen, BatchNorm.
+
+        Args:
+            verbose: Print the table, too.
+
+        Returns:
+            The rows; `str(summary)` is the table.
+        """
+        from transferkit.models.summary import summarize
+
+        summary = summarize(self)
+        if verbose:
+            print(summary)
+        return summary
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """Iterate over the parameters that are not frozen.

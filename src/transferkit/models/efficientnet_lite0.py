@@ -12,6 +12,7 @@ from transferkit.errors import WeightsError, missing_dependency
 from transferkit.images import Preprocess
 from transferkit.models.spec import BackboneSpec
 from transferkit.models.timm_backbones import import_timm
+from transferkit.models.torchvision_backbones import imagenet_class_names
 from transferkit.models.weights import read_state_dict
 
 NAME = "efficientnet_lite0"
@@ -47,6 +48,8 @@ def efficientnet_lite0_spec() -> BackboneSpec:
         ),
         load_weights=_load_weights,
         convert_weights=_convert_weights,
+        class_names=imagenet_class_names,
+        stage_parents=("blocks",),
         weights_license="Apache-2.0",
     )
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from transferkit.errors import BackboneError
 from transferkit.images import Preprocess
+from transferkit.models.stages import Stage, find_stages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,12 @@ class BackboneSpec:
             own; applied to default weights and local files alike.
         head_keys: Beginnings of the names in a state dict that belong to the head and
             are passed over; `head_path` is always among them.
+        class_names: The names of the classes that the head of the weights tells apart, in
+            the order of its rows, or a callable that gives them; none where they are not
+            known. With them a model has a `pretrained_head`.
+        stage_parents: The paths of modules whose children are stages (`find_stages`), where
+            the network's own children are too coarse: "features", "blocks". Or a callable
+            that reads them off the network.
         weights_license: The licence of the default weights, as far as it is known.
 
     Example:
@@ -55,6 +62,8 @@ class BackboneSpec:
     load_weights: Callable[[], Mapping[str, Tensor]] | None = None
     convert_weights: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None
     head_keys: tuple[str, ...] = field(default=())
+    class_names: tuple[str, ...] | Callable[[], tuple[str, ...]] = field(default=(), repr=False)
+    stage_parents: tuple[str, ...] | Callable[[nn.Module], tuple[str, ...]] = ()
     weights_license: str | None = None
 
     def build_features(self) -> tuple[nn.Module, int]:
@@ -81,6 +90,32 @@ class BackboneSpec:
                 f"found {number!r}, expected the D of its features (N, D)."
             )
         return network, number
+
+    def find_stages(self, network: nn.Module) -> tuple[Stage, ...]:
+        """Return the stages of a network that `build_features` built."""
+        parents = self.stage_parents
+        return find_stages(network, parents(network) if callable(parents) else parents)
+
+    def find_class_names(self) -> tuple[str, ...]:
+        """Return the names of the classes that the head of the weights tells apart.
+
+        Raises:
+            BackboneError: `class_names` are no texts.
+        """
+        names = self.class_names() if callable(self.class_names) else self.class_names
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+            raise BackboneError(
+                f"The `class_names` of backbone `{self.name}` should be texts, one for each class "
+                f"of its weights' head, found {names!r:.100}."
+            )
+        return tuple(names)
+
+    @property
+    def last_layer_key(self) -> str | None:
+        """What the names of the last layer start with in a state dict; None if not known."""
+        if self.head_path is not None:
+            return self.head_path
+        return self.head_keys[0] if len(self.head_keys) == 1 else None
 
     def is_head_key(self, key: str) -> bool:
         """Tell whether a name of a state dict belongs to the head."""

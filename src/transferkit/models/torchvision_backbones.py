@@ -37,6 +37,22 @@ HEAD_PATHS = {
 }
 """Where the last layer sits, by the beginning of the name."""
 
+STAGE_PARENTS: dict[str, tuple[str, ...]] = {
+    "alexnet": ("features", "classifier"),
+    "convnext": ("features", "classifier"),
+    "densenet": ("features",),
+    "efficientnet": ("features", "classifier"),
+    "maxvit": ("blocks", "classifier"),
+    "mnasnet": ("layers", "classifier"),
+    "mobilenet": ("features", "classifier"),
+    "regnet": ("trunk_output",),
+    "squeezenet": ("features", "classifier"),
+    "swin": ("features",),
+    "vgg": ("features", "classifier"),
+    "vit": ("encoder", "encoder.layers"),
+}
+"""Whose children are stages, by the beginning of the name; else the network's own are."""
+
 AUXILIARY_HEADS = ("aux1", "aux2", "AuxLogits")
 """The side heads of GoogLeNet and Inception, in their weights but not in our networks."""
 
@@ -46,6 +62,19 @@ _OLD_DENSENET_KEY = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
 def torchvision_names() -> list[str]:
     """Return the names of torchvision's classification networks whose head path is known."""
     return [name for name in models.list_models(module=models) if _head_path(name)]
+
+
+def imagenet_class_names() -> tuple[str, ...]:
+    """Return the names of the 1000 classes of ImageNet-1k, in the order that all weights use.
+
+    Where two classes have one name, torchvision's list tells them apart ("crane" for the
+    machine, "crane bird").
+
+    Example:
+        >>> imagenet_class_names()[309:311]
+        ('bee', 'ant')
+    """
+    return tuple(models.ResNet18_Weights.IMAGENET1K_V1.meta["categories"])
 
 
 def torchvision_spec(name: str) -> BackboneSpec:
@@ -59,6 +88,8 @@ def torchvision_spec(name: str) -> BackboneSpec:
         load_weights=partial(_load_default, name, weights.url),
         convert_weights=_rename_densenet if name.startswith("densenet") else None,
         head_keys=AUXILIARY_HEADS if name in ("googlenet", "inception_v3") else (),
+        class_names=tuple(weights.meta["categories"]),
+        stage_parents=_stage_parents(name),
         weights_license=weights.meta.get("license"),
     )
 
@@ -66,6 +97,10 @@ def torchvision_spec(name: str) -> BackboneSpec:
 def _head_path(name: str) -> str | None:
     families = [family for family in HEAD_PATHS if name.startswith(family)]
     return HEAD_PATHS[max(families, key=len)] if families else None
+
+
+def _stage_parents(name: str) -> tuple[str, ...]:
+    return next((paths for family, paths in STAGE_PARENTS.items() if name.startswith(family)), ())
 
 
 def _build(name: str, *, image_size: int) -> nn.Module:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transferkit._checks import check_path
 from transferkit._downloads import fetch
 from transferkit.errors import WeightsError
+from transferkit.models.pretrained_head import PretrainedHead
 from transferkit.models.spec import BackboneSpec
 
 MAX_NAMED_KEYS = 3
@@ -121,13 +122,18 @@ def read_state_dict(path: str | os.PathLike[str]) -> Mapping[str, Tensor]:
     return state
 
 
-def load_into(network: nn.Module, state: Mapping[str, Tensor], spec: BackboneSpec) -> None:
+def load_into(
+    network: nn.Module, state: Mapping[str, Tensor], spec: BackboneSpec
+) -> dict[str, Tensor]:
     """Load a state dict into a backbone, all of it but the head.
 
     Args:
         network: The network without its head; changed in place.
         state: A state dict in the provider's names, with or without the head.
         spec: The backbone's spec, which says what belongs to the head.
+
+    Returns:
+        What belongs to the head, in the network's own names.
 
     Raises:
         WeightsError: Names or shapes do not fit; the first of them are named.
@@ -136,14 +142,60 @@ def load_into(network: nn.Module, state: Mapping[str, Tensor], spec: BackboneSpe
     if spec.convert_weights is not None:
         state = spec.convert_weights(state)
     own = network.state_dict()
+    head = {key: value for key, value in state.items() if spec.is_head_key(key)}
     kept: OrderedDict[str, Tensor] = OrderedDict(
-        (key, value) for key, value in state.items() if not spec.is_head_key(key)
+        (key, value) for key, value in state.items() if key not in head
     )
     _check_fit(kept, own, spec.name)
     # PyTorch hangs the version of each module on the state dict; some networks refuse to
     # load without it. A file that lost it (safetensors) is of the present version.
     kept._metadata = metadata or own._metadata  # type: ignore[attr-defined]
     network.load_state_dict(kept, strict=False)
+    return head
+
+
+def find_pretrained_head(
+    head: Mapping[str, Tensor], spec: BackboneSpec, num_features: int
+) -> PretrainedHead | None:
+    """Return the classifier that came with the weights of a backbone.
+
+    Args:
+        head: What belongs to the head, as `load_into` returns it.
+        spec: The backbone's spec, which says where the last layer lies and what its K
+            classes are called.
+        num_features: The D of the features.
+
+    Returns:
+        The classifier, copied. None where the weights have no last layer with K rows of D
+        numbers each, or the names of its classes are not known.
+
+    Raises:
+        BackboneError: The spec's `class_names` are no texts.
+
+    Example:
+        >>> from transferkit.images import Preprocess
+        >>> spec = BackboneSpec(
+        ...     name="tiny", build=nn.Flatten, head_path="fc", preprocess=Preprocess(),
+        ...     class_names=("ant", "bee"),
+        ... )
+        >>> head = {"fc.weight": torch.ones(2, 3), "fc.bias": torch.zeros(2)}
+        >>> find_pretrained_head(head, spec, 3).class_names
+        ('ant', 'bee')
+    """
+    names = spec.find_class_names()
+    weight = head.get(f"{spec.last_layer_key}.weight")
+    # SqueezeNet's is a 1x1 convolution; the ReLU that follows it there is passed over.
+    shapes = ((len(names), num_features), (len(names), num_features, 1, 1))
+    if not names or weight is None or tuple(weight.shape) not in shapes:
+        return None
+    # MaxViT's has no bias.
+    bias = head.get(f"{spec.last_layer_key}.bias", weight.new_zeros(len(names)))
+    if bias.shape != (len(names),):
+        return None
+    # Copies: the tensors may be views, which would keep all the weights in memory.
+    return PretrainedHead(
+        weight=weight.detach().flatten(1).clone(), bias=bias.detach().clone(), class_names=names
+    )
 
 
 def _check_fit(found: Mapping[str, Tensor], own: Mapping[str, Tensor], name: str) -> None:

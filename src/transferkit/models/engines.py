@@ -1,0 +1,222 @@
+"""Engines: what runs a frozen network over many images, as fast as this machine can."""
+
+from __future__ import annotations
+
+import copy
+import time
+from typing import Any, Literal, Protocol, TypeAlias, get_args
+
+import torch
+from torch import Tensor, nn
+
+from transferkit._seeding import generator_for
+from transferkit.errors import ConfigError
+from transferkit.models.engine_facts import (
+    describe_float32,
+    describe_processor,
+    has_bfloat16,
+    one_tensor,
+)
+from transferkit.models.folding import count_batch_norms, fold_batch_norms
+from transferkit.models.openvino_engine import OpenVINOEngine
+
+EngineName: TypeAlias = Literal["pytorch", "openvino"]
+Precision: TypeAlias = Literal["float32", "bfloat16"]
+
+BATCH_SIZES = (8, 16, 32, 64)
+DEFAULT_BATCH_SIZE = 32
+NUM_WORTH_TUNING = 2000
+"""From so many images on it pays to try which batch size is fastest."""
+
+MAX_SECONDS = 2.0
+"""After so long no further batch size is tried."""
+
+_MIN_GAIN = 1.02
+_NUM_RUNS = 2
+
+
+class Engine(Protocol):
+    """Runs a network in eval mode, without gradients."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return what the network makes of images.
+
+        Args:
+            images: float32 `(N, C, H, W)`, preprocessed, on any device.
+
+        Returns:
+            float32 `(N, ...)`, on the engine's device; a graph of gradients may take it.
+        """
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Return all that can change the bits of its results, as plain JSON data."""
+        ...
+
+
+def make_engine(
+    prefix: nn.Module,
+    *,
+    engine: EngineName = "pytorch",
+    precision: Precision = "float32",
+    device: torch.device,
+) -> Engine:
+    """Make an engine that runs a network with the weights that it has now.
+
+    Args:
+        prefix: The network, from images `(N, C, H, W)` to `(N, ...)`, in any mode; it is not
+            changed, and what changes in it later has no effect.
+        engine: "pytorch", or "openvino" where that extra is installed, on the CPU.
+        precision: What is computed in: "float32", or "bfloat16" where the processor has it.
+        device: Where it runs.
+
+    Returns:
+        The engine.
+
+    Raises:
+        ConfigError: There is no such engine or precision, or not on this device.
+        MissingDependencyError: OpenVINO is not installed.
+
+    Example:
+        >>> network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+        >>> engine = make_engine(network, device=torch.device("cpu"))
+        >>> engine(torch.zeros(2, 3, 5, 5)).shape, engine.describe()["num_folded"]
+        (torch.Size([2, 4, 5, 5]), 1)
+    """
+    check_engine(engine, precision, device)
+    if engine == "openvino":
+        return OpenVINOEngine(prefix, precision=precision)
+    return PyTorchEngine(prefix, precision=precision, device=device)
+
+
+def check_engine(engine: EngineName, precision: Precision, device: torch.device) -> None:
+    """Pass over an engine and a precision that work on a device of this machine.
+
+    Args:
+        engine: The engine's name.
+        precision: What it computes in.
+        device: Where it runs.
+
+    Raises:
+        ConfigError: There is no such engine or precision, or not on this device.
+    """
+    for name, value, kind in (("engine", engine, EngineName), ("precision", precision, Precision)):
+        if value not in get_args(kind):
+            words = " or ".join(f'"{each}"' for each in get_args(kind))
+            raise ConfigError(f"`{name}` should be {words}, found {value!r}.")
+    if engine == "openvino" and device.type != "cpu":
+        raise ConfigError(
+            f'engine="openvino" runs on the CPU, the model is on `{device}`. Move it to the CPU, '
+            f'or take engine="pytorch".'
+        )
+    if precision == "bfloat16" and not has_bfloat16(device):
+        raise ConfigError(
+            f'precision="bfloat16" needs a processor with instructions for it (AVX512-BF16, AMX '
+            f"or Arm BF16; a GPU from compute capability 8.0 on), which `{device}` of this machine "
+            f"lacks: imitating them would be up to hundreds of times slower. Take "
+            f'precision="float32".'
+        )
+
+
+class PyTorchEngine:
+    """Run a copy of a network in PyTorch, channels-last, BatchNorm folded where it can be.
+
+    Args:
+        prefix: The network, from images `(N, C, H, W)` to `(N, ...)`; it is not changed.
+        precision: What is computed in, "float32" or "bfloat16".
+        device: Where it runs.
+    """
+
+    def __init__(self, prefix: nn.Module, *, precision: Precision, device: torch.device) -> None:
+        self._network = copy.deepcopy(prefix).eval().requires_grad_(False).to(device)
+        self._precision = precision
+        self._device = device
+        count = count_batch_norms(self._network)
+        self._num_folded = fold_batch_norms(self._network)
+        self._num_kept = count - self._num_folded
+        for parameter in self._network.parameters():
+            if parameter.dim() == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return float32 `(N, ...)`, on the device, for images float32 `(N, C, H, W)`.
+
+        Raises:
+            BackboneError: The network does not give one tensor with a row for each image.
+        """
+        ready = images.to(self._device, torch.float32, memory_format=torch.channels_last)
+        lowered = torch.autocast(
+            self._device.type, torch.bfloat16, enabled=self._precision == "bfloat16"
+        )
+        # Not `inference_mode`, whose tensors no graph of gradients takes: it is no faster.
+        with torch.no_grad(), lowered:
+            return one_tensor(self._network(ready), len(images)).float()
+
+    def describe(self) -> dict[str, Any]:
+        """Return all that can change the bits of its results, as plain JSON data.
+
+        `num_kept` counts the BatchNorm layers that run as they are: those that no
+        convolution precedes, or whose network's forward pass cannot be traced.
+        """
+        return {
+            "engine": "pytorch",
+            "engine_version": str(torch.__version__),
+            "precision": self._precision,
+            "memory_format": "channels_last",
+            "num_folded": self._num_folded,
+            "num_kept": self._num_kept,
+            "float32": describe_float32(self._device),
+            "processor": describe_processor(self._device),
+        }
+
+
+def find_batch_size(engine: Engine, image_shape: tuple[int, int, int]) -> int:
+    """Find the batch size in which an engine is fastest on this machine, by trying.
+
+    Larger ones are tried as long as they are faster, for 2 seconds or the first of them.
+
+    Args:
+        engine: The engine.
+        image_shape: (C, H, W) of its images.
+
+    Returns:
+        8, 16, 32 or 64.
+    """
+    started = time.perf_counter()
+    few = torch.randn(BATCH_SIZES[0], *image_shape, generator=generator_for(0))
+    engine(few)  # The first run also sets up what the later ones use.
+    best, best_rate = BATCH_SIZES[0], 0.0
+    for size in BATCH_SIZES:
+        images = few.repeat(size // len(few), 1, 1, 1)
+        rate = size / min(_seconds(engine, images) for _ in range(_NUM_RUNS))
+        if rate < best_rate * _MIN_GAIN:
+            break
+        best, best_rate = size, rate
+        if time.perf_counter() - started > MAX_SECONDS:
+            break
+    return best
+
+
+def _seconds(engine: Engine, images: Tensor) -> float:
+    started = time.perf_counter()
+    engine(images).cpu()  # A device has computed what lies on the CPU.
+    return time.perf_counter() - started
+
+
+def choose_batch_size(
+    engine: Engine, image_shape: tuple[int, int, int], *, num_images: int, device: torch.device
+) -> int:
+    """Choose a batch size for so many images: by trying where that pays, else 32.
+
+    Args:
+        engine: The engine.
+        image_shape: (C, H, W) of its images.
+        num_images: How many of them it will see.
+        device: Where it runs.
+
+    Returns:
+        8, 16, 32 or 64.
+    """
+    if device.type == "cpu" and num_images < NUM_WORTH_TUNING:
+        return DEFAULT_BATCH_SIZE
+    return find_batch_size(engine, image_shape)

@@ -1,0 +1,410 @@
+from __future__ import annotations
+
+import copy
+import json
+import re
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from transferkit.errors import BackboneError, ConfigError, MissingDependencyError
+from transferkit.models import build_model, engine_facts, engines, openvino_engine
+from transferkit.models.engines import (
+    choose_batch_size,
+    find_batch_size,
+    make_engine,
+)
+
+CPU = torch.device("cpu")
+ENGINES = ["pytorch", "openvino"]
+
+
+def make_network() -> nn.Sequential:
+    """Return a small network in training mode, with dropout and a moving BatchNorm."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(inplace=True)]
+    network = nn.Sequential(*layers, nn.Dropout(0.5), nn.Conv2d(8, 6, 3))
+    network(torch.randn(16, 3, 12, 12))
+    return network
+
+
+def noise(count: int = 3, size: int = 12) -> Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def evaluate(network: nn.Module, images: Tensor) -> Tensor:
+    """Return what the network computes in eval mode."""
+    with torch.no_grad():
+        outputs: Tensor = copy.deepcopy(network).eval()(images)
+    return outputs
+
+
+def assert_close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+    assert found.shape == expected.shape
+    assert found.dtype == torch.float32
+    assert float((found - expected).abs().max() / expected.abs().max()) < tolerance
+
+
+@pytest.fixture(params=ENGINES)
+def engine_name(request: pytest.FixtureRequest) -> Any:
+    if request.param == "openvino":
+        pytest.importorskip("openvino")
+    return request.param
+
+
+@pytest.fixture
+def bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor that says it has bfloat16."""
+    monkeypatch.setattr(engine_facts, "cpu_capabilities", lambda: {"avx512_bf16": True})
+
+
+def test_engines_compute_what_the_network_does_in_eval_mode(engine_name: Any) -> None:
+    network = make_network()
+    engine = make_engine(network, engine=engine_name, device=CPU)
+    for images in (noise(), noise(1), noise(7), noise(2, size=16)):
+        assert_close(engine(images), evaluate(network, images))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "densenet121"])
+def test_engines_run_backbones_of_torchvision(name: str, engine_name: Any) -> None:
+    network = build_model(name, 2, weights=None).eval().backbone
+    engine = make_engine(network, engine=engine_name, device=CPU)
+    assert_close(engine(noise(size=64)), evaluate(network, noise(size=64)))
+
+
+def test_engines_run_a_vision_transformer(engine_name: Any) -> None:
+    from torchvision.models import VisionTransformer
+
+    network = VisionTransformer(
+        image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=32
+    )
+    nn.init.normal_(network.heads.get_submodule("head").weight)
+    engine = make_engine(network, engine=engine_name, device=CPU)
+    assert_close(engine(noise(size=32)), evaluate(network, noise(size=32)))
+
+
+def test_engines_run_prefixes_of_efficientnet_lite0(engine_name: Any) -> None:
+    pytest.importorskip("timm")
+    model = build_model("efficientnet_lite0", 2, weights=None).eval()
+    split = model.split(3)
+    assert split is not None
+    for prefix in (model.backbone, split.prefix):
+        engine = make_engine(prefix, engine=engine_name, device=CPU)
+        assert_close(engine(noise(size=64)), evaluate(prefix, noise(size=64)))
+
+
+def test_network_stays_as_it_was(engine_name: Any) -> None:
+    network = make_network()
+    network[0].bias.requires_grad_(False)
+    before, modules = copy.deepcopy(network.state_dict()), list(network.modules())
+    strides = [each.stride() for each in network.parameters()]
+    engine = make_engine(network, engine=engine_name, device=CPU)
+    engine(noise())
+    assert list(network.modules()) == modules
+    assert all(module.training for module in modules)
+    assert [each.stride() for each in network.parameters()] == strides
+    assert [each.requires_grad for each in network.parameters()] == [True, False] + [True] * 4
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_engine_keeps_the_weights_of_its_beginning(engine_name: Any) -> None:
+    network = make_network()
+    engine = make_engine(network, engine=engine_name, device=CPU)
+    expected = evaluate(network, noise())
+    nn.init.zeros_(network.get_parameter("4.weight"))
+    assert_close(engine(noise()), expected)
+
+
+def test_images_and_random_state_stay_as_they_were(engine_name: Any) -> None:
+    images = noise()
+    before, state = images.clone(), torch.get_rng_state()
+    engine = make_engine(make_network(), engine=engine_name, device=CPU)
+    torch.set_rng_state(state)
+    engine(images)
+    find_batch_size(engine, (3, 12, 12))
+    assert torch.equal(images, before)
+    assert images.is_contiguous()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_outputs_can_be_trained_on(engine_name: Any) -> None:
+    engine = make_engine(make_network(), engine=engine_name, device=CPU)
+    outputs = engine(noise().requires_grad_())
+    assert not outputs.requires_grad
+    layer = nn.Conv2d(6, 1, 1)
+    layer(outputs).sum().backward()
+    assert layer.weight.grad is not None
+
+
+def test_later_calls_leave_earlier_outputs_alone(engine_name: Any) -> None:
+    engine = make_engine(make_network(), engine=engine_name, device=CPU)
+    first = engine(noise())
+    before = first.clone()
+    engine(-noise())
+    assert torch.equal(first, before)
+
+
+def test_an_outer_autocast_does_not_lower_the_precision(engine_name: Any) -> None:
+    network = make_network()
+    engine = make_engine(network, engine=engine_name, device=CPU)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = engine(noise())
+    assert_close(found, evaluate(network, noise()))
+
+
+def test_engines_say_nothing(
+    engine_name: Any, capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        make_engine(make_network(), engine=engine_name, device=CPU)(noise())
+    assert not recwarn.list
+    assert capfd.readouterr() == ("", "")
+
+
+def test_description_is_plain_data(engine_name: Any) -> None:
+    found = make_engine(make_network(), engine=engine_name, device=CPU).describe()
+    assert json.loads(json.dumps(found)) == found
+    assert found["engine"] == engine_name
+    assert found["precision"] == "float32"
+    assert found["engine_version"]
+    assert found["processor"] == engine_facts.describe_processor(CPU)
+
+
+def test_description_tells_how_pytorch_computes() -> None:
+    network = nn.Sequential(make_network(), nn.BatchNorm2d(6), nn.ReLU(), nn.BatchNorm2d(6))
+    found = make_engine(network, device=CPU).describe()
+    assert found["memory_format"] == "channels_last"
+    assert (found["num_folded"], found["num_kept"]) == (2, 1)
+    assert found["float32"] == "none highest"
+
+
+def test_description_follows_the_setting_of_matrix_products() -> None:
+    engine = make_engine(make_network(), device=CPU)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert engine.describe()["float32"].endswith(" medium")
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+class Switch(nn.Module):
+    """A network whose forward pass depends on the values of the images."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, images: Tensor) -> Tensor:
+        outputs: Tensor = self.inner(images)
+        return outputs if images.sum() == 0 else outputs + 1
+
+
+def test_pytorch_runs_what_cannot_be_traced() -> None:
+    network = Switch(make_network())
+    engine = make_engine(network, device=CPU)
+    assert engine.describe()["num_folded"] == 1
+    for images in (noise(), torch.zeros(2, 3, 12, 12)):
+        assert_close(engine(images), evaluate(network, images))
+
+
+def test_openvino_refuses_what_a_conversion_would_change() -> None:
+    pytest.importorskip("openvino")
+    network = Switch(nn.Conv2d(3, 1, 1, bias=False))
+    nn.init.constant_(network.inner.weight, 0.0)  # type: ignore[arg-type]
+    message = (
+        "The network gives other values in OpenVINO than in PyTorch: relative to the largest "
+        "they differ by 1, allowed are 0.0001. Its forward pass may depend on the values or the "
+        'number of images. Take engine="pytorch".'
+    )
+    with pytest.raises(BackboneError, match=f"^{re.escape(message)}$"):
+        make_engine(network, engine="openvino", device=CPU)(noise())
+
+
+class Unconvertible(nn.Module):
+    """Calls an operator that OpenVINO does not know."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        outputs: Tensor = torch.special.bessel_j0(images)
+        return outputs
+
+
+def test_openvino_names_what_it_cannot_convert() -> None:
+    pytest.importorskip("openvino")
+    message = (
+        "OpenVINO cannot convert the network for images of the shape (3, 12, 12): No conversion "
+        'rule found for operations: aten::special_bessel_j0. Take engine="pytorch".'
+    )
+    with pytest.raises(BackboneError, match=f"^{re.escape(message)}$"):
+        make_engine(Unconvertible(), engine="openvino", device=CPU)(noise())
+
+
+class Pair(nn.Module):
+    """Gives two tensors."""
+
+    def forward(self, images: Tensor) -> Any:
+        return images, images
+
+
+class Sum(nn.Module):
+    """Gives one number for all images."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.sum(dim=(0, 2, 3))[:2]
+
+
+@pytest.mark.parametrize(("network", "found"), [(Pair(), "tuple"), (Sum(), "the shape (2,)")])
+def test_networks_give_one_tensor_with_a_row_for_each_image(network: nn.Module, found: str) -> None:
+    message = f"The network should give one tensor with a row for each of 3 images, found {found}."
+    with pytest.raises(BackboneError, match=f"^{re.escape(message)}$"):
+        make_engine(network, device=CPU)(noise())
+
+
+def test_openvino_gets_one_tensor_too() -> None:
+    pytest.importorskip("openvino")
+    message = "The network should give one tensor with a row for each of 2 images, found tuple."
+    with pytest.raises(BackboneError, match=f"^{re.escape(message)}$"):
+        make_engine(Pair(), engine="openvino", device=CPU)(noise())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"engine": "onnx"},
+            '`engine` should be "pytorch" or "openvino", found \'onnx\'.',
+        ),
+        (
+            {"precision": "float16"},
+            '`precision` should be "float32" or "bfloat16", found \'float16\'.',
+        ),
+        (
+            {"engine": "openvino", "device": torch.device("cuda:0")},
+            'engine="openvino" runs on the CPU, the model is on `cuda:0`. Move it to the CPU, or '
+            'take engine="pytorch".',
+        ),
+    ],
+)
+def test_engines_that_there_are_not(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        make_engine(make_network(), **{"device": CPU, **options})
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_bfloat16_needs_a_processor_that_has_it(
+    monkeypatch: pytest.MonkeyPatch, engine: Any
+) -> None:
+    monkeypatch.setattr(engine_facts, "cpu_capabilities", lambda: {"avx2": True})
+    message = (
+        'precision="bfloat16" needs a processor with instructions for it (AVX512-BF16, AMX or Arm '
+        "BF16; a GPU from compute capability 8.0 on), which `cpu` of this machine lacks: imitating "
+        'them would be up to hundreds of times slower. Take precision="float32".'
+    )
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        make_engine(make_network(), engine=engine, precision="bfloat16", device=CPU)
+
+
+@pytest.mark.usefixtures("bfloat16")
+def test_bfloat16_is_coarser_and_said() -> None:
+    network = make_network()
+    engine = make_engine(network, precision="bfloat16", device=CPU)
+    found, expected = engine(noise()), evaluate(network, noise())
+    assert_close(found, expected, tolerance=0.05)
+    assert not torch.allclose(found, expected, rtol=1e-4)
+    assert engine.describe()["precision"] == "bfloat16"
+
+
+def test_openvino_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(name: str) -> Any:
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr(openvino_engine.importlib, "import_module", refuse)  # type: ignore[attr-defined]
+    message = (
+        'engine="openvino" needs `openvino`, which is not installed: pip install '
+        '"transferkit[openvino]"'
+    )
+    with pytest.raises(MissingDependencyError, match=f"^{re.escape(message)}$"):
+        make_engine(make_network(), engine="openvino", device=CPU)
+
+
+@pytest.mark.parametrize("name", ["avx512_bf16", "amx_bf16", "bf16", "sve_bf16"])
+def test_processors_with_bfloat16(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(engine_facts, "cpu_capabilities", lambda: {name: True})
+    assert engine_facts.has_bfloat16(CPU) is True
+    monkeypatch.setattr(engine_facts, "cpu_capabilities", lambda: {name: False})
+    assert engine_facts.has_bfloat16(CPU) is False
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_gpus_with_bfloat16(monkeypatch: pytest.MonkeyPatch, has: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *, including_emulation: has)
+    assert engine_facts.has_bfloat16(torch.device("cuda")) is has
+
+
+def test_processor_is_asked_where_pytorch_does_not_know(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    facts = tmp_path / "cpuinfo"
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    monkeypatch.setattr(engine_facts, "_CPU_FACTS", facts)
+    assert engine_facts.has_bfloat16(CPU) is False
+    facts.write_text("processor : 0\nflags : fpu avx2 avx512_bf16 amx_tile\n")
+    assert engine_facts.has_bfloat16(CPU) is True
+    facts.write_text("processor : 0\nflags : fpu avx2 avx512_bf16x\n")
+    assert engine_facts.has_bfloat16(CPU) is False
+
+
+class Clocked:
+    """An engine that takes so many seconds for a batch, by a clock of its own."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: dict[int, float]) -> None:
+        self.now, self.seconds, self.sizes = 0.0, seconds, list[int]()
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        assert images.shape[1:] == (3, 4, 5)
+        self.sizes.append(len(images))
+        self.now += self.seconds[len(images)]
+        return images
+
+    def describe(self) -> dict[str, Any]:
+        return {}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "best", "tried"),
+    [
+        ({8: 0.08, 16: 0.12, 32: 0.20, 64: 0.36}, 64, {8, 16, 32, 64}),
+        ({8: 0.08, 16: 0.12, 32: 0.25}, 16, {8, 16, 32}),
+        ({8: 0.08, 16: 0.159}, 8, {8, 16}),  # A gain of less than 2 % is none.
+        ({8: 0.30, 16: 0.58}, 16, {8, 16}),  # After 2 seconds no other is tried.
+        ({8: 1.0}, 8, {8}),
+    ],
+)
+def test_batch_size_that_is_fastest(
+    monkeypatch: pytest.MonkeyPatch, seconds: dict[int, float], best: int, tried: set[int]
+) -> None:
+    engine = Clocked(monkeypatch, seconds)
+    assert find_batch_size(engine, (3, 4, 5)) == best
+    assert set(engine.sizes) == tried
+
+
+def test_batch_size_is_tried_where_that_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Clocked(monkeypatch, {8: 0.08, 16: 0.159})
+    shape = (3, 4, 5)
+    cuda = torch.device("cuda")
+    assert choose_batch_size(engine, shape, num_images=1999, device=CPU) == 32
+    assert engine.sizes == []
+    assert choose_batch_size(engine, shape, num_images=2000, device=CPU) == 8
+    assert choose_batch_size(engine, shape, num_images=10, device=cuda) == 8
+
+
+def test_batch_sizes_are_multiples_of_the_first() -> None:
+    assert all(size % engines.BATCH_SIZES[0] == 0 for size in engines.BATCH_SIZES)
