@@ -16,6 +16,7 @@ from transferkit.models import BackboneSpec, list_backbones, register_backbone
 from transferkit.models.registry import _BACKBONES
 from transferkit.testing import make_image_folder
 from transferkit.training import History, Trainer
+from transferkit.training.fitting import Fit
 
 Run = Callable[..., int]
 
@@ -168,14 +169,14 @@ def test_ctrl_c_in_training_saves_what_there_is(
     monkeypatch: pytest.MonkeyPatch,
     completed: int,
 ) -> None:
-    run = Trainer._run_epoch
+    run = Fit._run_epoch
 
-    def interrupted(self: Trainer, epoch: int, *rest: object) -> object:
+    def interrupted(self: Fit, epoch: int, *rest: object) -> object:
         if epoch > completed:
             raise KeyboardInterrupt
         return run(self, epoch, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Trainer, "_run_epoch", interrupted)
+    monkeypatch.setattr(Fit, "_run_epoch", interrupted)
     assert train("--epochs", "3") == 130
     assert (tmp_path / "model.safetensors").exists() is bool(completed)
     if not completed:

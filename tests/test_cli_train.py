@@ -6,9 +6,11 @@ import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from transferkit.artifacts import load_artifact
 from transferkit.cli import main
 from transferkit.models import BackboneSpec, register_backbone
 from transferkit.models.registry import _BACKBONES
@@ -79,3 +81,79 @@ def test_how_to_load_reaches_the_fit(
     settings = json.loads(capsys.readouterr().out)["settings"]
     found = [settings[key] for key in ("augmentation", "batch_augmentation", "balance")]
     assert found == ["light", "mixup", "sampler"]
+
+
+def test_plan_is_printed_and_nothing_is_done(
+    train: Run, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(tiny_folder, "--recipe", "probe_then_finetune", "--epochs", "4", "--plan") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if not line.startswith(" ")][2:] == [
+        "probe: epochs 1 to 2",
+        "finetune: epochs 3 to 4",
+    ]
+    assert not (tmp_path / "m.safetensors").exists()
+
+
+def test_plan_as_json(train: Run, tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(tiny_folder, "--plan", "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert [phase["name"] for phase in plan["phases"]] == ["probe"]
+
+
+def settings_of(tmp_path: Path) -> dict[str, Any]:
+    settings: dict[str, Any] = load_artifact(tmp_path / "m.safetensors").history["settings"]  # type: ignore[index]
+    return settings
+
+
+def test_options_of_head_and_regularizers_reach_the_trainer(
+    train: Run, tiny_folder: Path, tmp_path: Path
+) -> None:
+    words = [
+        "--freeze", "none", "--head", "cosine", "--dropout", "0.2", "--head-start", "ridge",
+        "--label-smoothing", "0.1", "--l2-sp", "0.01", "--ema", "0.9", "--wise-ft",
+        "--stage-lr-factor", "0.5", "--bn", "fixed",
+    ]  # fmt: skip
+    assert train(tiny_folder, *words) == 0
+    settings = settings_of(tmp_path)
+    assert settings["head"]["kind"] == "cosine"
+    assert settings["head"]["dropout"] == 0.2
+    assert settings["head_start"]["start"] == "ridge"
+    assert settings["label_smoothing"] == 0.1
+    assert settings["l2_sp"] == 0.01
+    assert settings["average"] == {"name": "ema", "decay": 0.9}
+    assert settings["wise_ft"]["factor"] in [number / 10 for number in range(11)]
+    assert settings["stage_lr_factor"] == 0.5
+
+
+def test_options_of_the_cache_reach_the_trainer(
+    train: Run, tiny_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "features"
+    words = ["--views", "2", "--engine", "pytorch", "--precision", "float32"]
+    assert train(tiny_folder, *words, "--feature-folder", str(folder), "--epochs", "3") == 0
+    features = settings_of(tmp_path)["features"]["probe"]
+    assert (features["views"], features["cached"]) == (2, True)
+    assert len(list(folder.iterdir())) == 3
+
+
+def test_views_by_the_epoch_and_no_cache(train: Run, tiny_folder: Path, tmp_path: Path) -> None:
+    assert train(tiny_folder, "--views", "epochs") == 0
+    assert settings_of(tmp_path)["features"]["probe"]["views"] == "epochs"
+    assert train(tiny_folder, "--cache", "off") == 0
+    assert settings_of(tmp_path)["features"]["probe"]["cached"] is False
+
+
+def test_swa_and_solver(train: Run, tiny_folder: Path, tmp_path: Path) -> None:
+    assert train(tiny_folder, "--swa", "0.25", "--epochs", "2") == 0
+    assert settings_of(tmp_path)["average"] == {"name": "swa", "start": 0.25}
+    assert train(tiny_folder, "--solver", "lbfgs") == 0
+    assert settings_of(tmp_path)["solver"] == "lbfgs"
+
+
+def test_options_that_would_be_ignored_are_an_error(
+    train: Run, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(tiny_folder, "--cache", "off", "--feature-folder", "x") == 1
+    message = "transferkit: error: --cache off would ignore --feature-folder. Leave one out.\n"
+    assert capsys.readouterr().err == message

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from PIL import Image
 from torchvision.transforms import v2
 
@@ -16,11 +17,12 @@ from transferkit.data import Batch, ImageDataset, ImageLoader, ImageSplits, chec
 from transferkit.errors import ConfigError, DataError
 from transferkit.images import Preprocess
 from transferkit.inference import ClassProbability, Prediction, Predictor
-from transferkit.models import BackboneSpec, Classifier, build_model
+from transferkit.models import BackboneSpec, Classifier, FreezePlan, build_model
 from transferkit.plots import (
     image_grid,
     imshow,
     plot_history,
+    plot_plan,
     show_augmentations,
     show_batch,
     show_findings,
@@ -28,7 +30,7 @@ from transferkit.plots import (
     show_predictions,
 )
 from transferkit.testing import make_image_folder
-from transferkit.training import EpochRecord, History
+from transferkit.training import EpochRecord, FitPlan, History, PhasePlan
 
 
 @pytest.fixture(autouse=True)
@@ -285,6 +287,53 @@ def test_plot_history_without_records() -> None:
     message = "The history has no record: no epoch was completed."
     with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
         plot_history(History())
+
+
+def phase_plan(name: str, first_epoch: int, lrs: dict[str, tuple[float, ...]]) -> PhasePlan:
+    return PhasePlan(
+        name=name, first_epoch=first_epoch, num_epochs=2, steps_per_epoch=2 if lrs else 0,
+        freeze_plan=FreezePlan(), num_trainable=1, num_frozen=0,
+        steps=(0, 1, 2, 3) if lrs else (), lrs=lrs, features="", num_feature_images=None,
+        estimate=None,
+    )  # fmt: skip
+
+
+def fit_plan(*phases: PhasePlan) -> FitPlan:
+    return FitPlan(
+        backbone_name="tiny", device="cpu", batch_size=2, num_train=4, num_val=4, phases=phases
+    )
+
+
+def test_plot_plan_draws_the_rates_of_each_group() -> None:
+    plan = fit_plan(
+        phase_plan("solved", 1, {}),
+        phase_plan("head", 3, {"head": (0.1, 0.1, 0.1, 0.0)}),
+        phase_plan("all", 5, {"head": (0.1, 0.1, 0.1, 0.1), "layer4": (0.01,) * 4}),
+    )
+    ax = plot_plan(plan)
+    curves = [line for line in ax.lines if not str(line.get_label()).startswith("_")]
+    assert [line.get_label() for line in curves] == ["head", "head", "layer4"]
+    assert np.asarray(curves[0].get_xdata()).tolist() == [2, 2.5, 3, 3.5]
+    assert np.isnan(np.asarray(curves[0].get_ydata())[3])
+    assert np.asarray(curves[2].get_ydata()).tolist() == [0.01] * 4
+    colors = [to_hex(line.get_color()) for line in curves]
+    assert colors[0] == colors[1] != colors[2]
+    assert [text.get_text() for text in ax.texts] == ["solved", "head", "all"]
+    legend = ax.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == ["head", "layer4"]
+    assert ax.get_yscale() == "log"
+
+
+def test_plot_plan_takes_axes() -> None:
+    _, ax = plt.subplots()
+    assert plot_plan(fit_plan(phase_plan("head", 1, {"head": (0.1,) * 4})), ax=ax) is ax
+
+
+def test_plot_plan_of_a_solved_fit() -> None:
+    message = "There is nothing to draw: no phase of the plan has learning rates."
+    with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
+        plot_plan(fit_plan(phase_plan("solved", 1, {})))
 
 
 def test_findings_are_drawn_the_worst_first(tiny_folder: Path) -> None:

@@ -151,7 +151,7 @@ def test_csv_has_a_row_for_each_epoch(
         rows = list(csv.DictReader(file))
     assert [float(row["val_loss"]) for row in rows] == history.column("val_loss")
     assert list(rows[0]) == ["epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy",
-                             "lr", "seconds"]  # fmt: skip
+                             "lr", "seconds", "phase"]  # fmt: skip
 
 
 def test_csv_into_a_missing_folder(tmp_path: Path) -> None:

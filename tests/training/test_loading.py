@@ -69,9 +69,9 @@ def test_on_the_cpu_a_small_machine_keeps_its_cores_for_the_network(
     for cores, expected in ((1, 0), (2, 1), (64, 1)):
         monkeypatch.setattr("transferkit.training.loading.num_cores", lambda cores=cores: cores)
         trainer = make(data)
-        assert trainer._train_loader.num_workers == expected
-        assert trainer._val_loader.num_workers == 0  # A handful of pictures.
-    assert make(num_workers=3)._val_loader.num_workers == 3
+        assert trainer._job.train_loader.num_workers == expected
+        assert trainer._job.val_loader.num_workers == 0  # A handful of pictures.
+    assert make(num_workers=3)._job.val_loader.num_workers == 3
 
 
 # Broken pictures

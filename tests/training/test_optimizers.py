@@ -8,7 +8,8 @@ import torch
 
 from transferkit.errors import ConfigError, FreezeError, UnknownNameError
 from transferkit.models import BackboneSpec, Classifier, build_model
-from transferkit.training.optimizers import list_optimizers, make_optimizer
+from transferkit.training.groups import Rates
+from transferkit.training.optimizers import group_options, list_optimizers, make_optimizer
 
 
 @pytest.fixture
@@ -17,9 +18,8 @@ def model(tiny_spec: BackboneSpec) -> Classifier:
 
 
 def make(optimizer: Any, model: Classifier) -> torch.optim.Optimizer:
-    return make_optimizer(
-        optimizer, model, lr=0.5, backbone_lr_factor=0.1, momentum=0.8, weight_decay=0.01
-    )
+    rates = Rates(lr=0.5, backbone_lr_factor=0.1, stage_lr_factor=0.5)
+    return make_optimizer(optimizer, model, rates=rates, momentum=0.8, weight_decay=0.01)
 
 
 @pytest.mark.parametrize("name", list_optimizers())
@@ -35,13 +35,17 @@ def test_sgd_has_momentum(model: Classifier) -> None:
     assert make("sgd", model).param_groups[0]["momentum"] == 0.8
 
 
-def test_the_backbone_has_a_rate_of_its_own(model: Classifier) -> None:
-    model.freeze("backbone.conv1.*")
-    head, backbone = make("sgd", model).param_groups
-    assert (head["name"], head["lr"]) == ("head", 0.5)
-    assert (backbone["name"], backbone["lr"]) == ("backbone", pytest.approx(0.05))
-    trainable = {id(each) for each in model.backbone.parameters() if each.requires_grad}
-    assert {id(each) for each in backbone["params"]} == trainable
+@pytest.mark.parametrize("name", list_optimizers())
+def test_each_stage_has_a_rate_of_its_own(name: str, model: Classifier) -> None:
+    model.freeze("none")
+    groups = make(name, model).param_groups
+    assert [group["name"] for group in groups] == ["head", "layer1", "conv1"]
+    assert [group["lr"] for group in groups] == [0.5, 0.5 * 0.1, 0.5 * 0.1 * 0.5]
+
+
+def test_without_rates_it_has_pytorchs_own(model: Classifier) -> None:
+    optimizer = make_optimizer("adam", model, rates=None, momentum=0.8, weight_decay=0.0)
+    assert optimizer.param_groups[0]["lr"] == torch.optim.Adam(model.parameters()).defaults["lr"]
 
 
 def test_factory_and_object(model: Classifier) -> None:
@@ -73,6 +77,34 @@ def test_factory_that_returns_something_else(model: Classifier) -> None:
     message = "The optimizer factory should return a torch.optim.Optimizer, found int."
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         make(lambda parameters: 3, model)
+
+
+def test_something_that_cannot_be_called(model: Classifier) -> None:
+    message = "`optimizer` should be a name, a factory or a torch.optim.Optimizer, found 3."
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        make(3, model)
+
+
+@pytest.mark.parametrize("as_factory", [False, True])
+def test_lbfgs_is_no_optimizer_for_steps(as_factory: bool, model: Classifier) -> None:
+    message = (
+        "LBFGS evaluates the loss several times in a step, which the training loop does not. "
+        "Take a first-order optimizer, such as SGD or AdamW."
+    )
+    built = torch.optim.LBFGS(model.head.parameters())
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        make(torch.optim.LBFGS if as_factory else built, model)
+
+
+def test_options_are_plain_and_hold_no_parameters(model: Classifier) -> None:
+    rate = torch.tensor(0.25)
+    optimizer = torch.optim.Adam(model.head.named_parameters(), lr=rate)
+    optimizer.param_groups[0]["initial_lr"] = 0.1
+    (options,) = group_options(optimizer)
+    rate.fill_(0.5)
+    assert options["lr"] == 0.25
+    assert options["betas"] == (0.9, 0.999)
+    assert not {"params", "param_names", "initial_lr"} & options.keys()
 
 
 def test_nothing_to_train(model: Classifier) -> None:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from transferkit.data import Batch, SkippedFile
 from transferkit.errors import DataError
 from transferkit.evaluation.metrics import class_accuracies, confusion_matrix
-from transferkit.models import Classifier
 from transferkit.models.modes import evaluating
 
 
@@ -87,22 +86,26 @@ class RunningMean:
 
 
 def evaluate_model(
-    model: Classifier,
+    model: nn.Module,
     batches: Iterable[Batch],
     *,
     class_names: tuple[str, ...],
     criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
     memory_format: torch.memory_format = torch.preserve_format,
+    logits_of: Callable[[Tensor], Tensor] | None = None,
 ) -> Evaluation:
     """Evaluate a model on batches.
 
     Args:
-        model: The model; in eval mode for the pass, afterwards in the mode it was in.
+        model: The classifier, or what of it `logits_of` runs; in eval mode for the pass,
+            afterwards in the mode it was in.
         batches: Batches of images float32 `(N, 3, H, W)` with targets `(N,)`.
         class_names: The names of the classes, by index.
         criterion: Maps logits `(N, C)` and targets `(N,)` to the batch's mean loss; None
             takes cross-entropy.
         memory_format: The layout that images are brought into.
+        logits_of: Maps what the batches hold to logits `(N, C)`, where that is not images;
+            None takes the model.
 
     Returns:
         The numbers, each image counted once whatever the batches' sizes.
@@ -116,8 +119,9 @@ def evaluate_model(
     pairs: list[tuple[Tensor, Tensor]] = []
     with evaluating(model), torch.no_grad():
         for batch in batches:
-            images, targets, _ = batch.to(device, memory_format=memory_format)
-            logits = model(images)
+            layout = memory_format if batch.images.dim() == 4 else torch.preserve_format
+            images, targets, _ = batch.to(device, memory_format=layout)
+            logits = model(images) if logits_of is None else logits_of(images)
             mean.add(criterion(logits, targets), logits, targets)
             pairs.append((logits.argmax(dim=1), targets))
     if not mean.num_images:

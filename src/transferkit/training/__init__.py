@@ -4,10 +4,14 @@ This room may import `artifacts`, `evaluation`, `models`, `data`, `images` and w
 and does not know `inference`.
 """
 
+from transferkit.training.averaging import EMA, SWA
 from transferkit.training.callbacks import Callback, CSVLog, EarlyStopping, EpochLog, ProgressBar
+from transferkit.training.feature_cache import FeatureCache
 from transferkit.training.forward import Criterion
 from transferkit.training.history import EpochRecord, History
 from transferkit.training.optimizers import OptimizerFactory, list_optimizers
+from transferkit.training.phases import Phase
+from transferkit.training.plan import FitPlan, PhasePlan
 from transferkit.training.recipes import RECIPES, Recipe
 from transferkit.training.schedulers import (
     Schedule,
@@ -18,15 +22,21 @@ from transferkit.training.schedulers import (
 from transferkit.training.trainer import Trainer
 
 __all__ = [
+    "EMA",
     "RECIPES",
+    "SWA",
     "CSVLog",
     "Callback",
     "Criterion",
     "EarlyStopping",
     "EpochLog",
     "EpochRecord",
+    "FeatureCache",
+    "FitPlan",
     "History",
     "OptimizerFactory",
+    "Phase",
+    "PhasePlan",
     "ProgressBar",
     "Recipe",
     "Schedule",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 
@@ -16,13 +18,12 @@ class BestWeights:
 
     Args:
         model: The model whose weights are copied, and restored in place.
+        trainable: The names of the parameters that train at any time of the fit.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, trainable: Collection[str]) -> None:
         self._model = model
-        # Fixed at the start: a callback may freeze or unfreeze during the fit.
-        self._names = {name for name, each in model.named_parameters() if each.requires_grad}
-        self._names |= {name for name, _ in model.named_buffers()}
+        self._names = {*trainable, *(name for name, _ in model.named_buffers())}
         self._rank: tuple[bool, float, float] | None = None
         self._copy = self._clone()
 
@@ -35,6 +36,10 @@ class BestWeights:
         self._rank = rank(record)
         return True
 
+    def keep(self) -> None:
+        """Take the present weights for the best."""
+        self._copy = self._clone()
+
     @torch.no_grad()
     def restore(self) -> None:
         """Put the copy back into the model."""
@@ -45,6 +50,6 @@ class BestWeights:
         return {name: value.clone() for name, value in self._changing().items()}
 
     def _changing(self) -> dict[str, Tensor]:
-        """Return what trained at the start, and all buffers, which may follow the batches."""
+        """Return what trains, and all buffers, which may follow the batches."""
         tensors = {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
         return {name: each.detach() for name, each in tensors.items() if name in self._names}

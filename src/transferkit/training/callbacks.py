@@ -16,7 +16,9 @@ from transferkit._checks import check_callable, check_integer, check_number
 from transferkit._device import describe_device
 from transferkit._files import check_writable
 from transferkit.errors import ConfigError, OutputError
+from transferkit.training.head_start import describe_start
 from transferkit.training.history import EpochRecord, History, check_record_key
+from transferkit.training.phases import Phase
 
 if TYPE_CHECKING:
     from transferkit.training.trainer import Trainer
@@ -25,13 +27,17 @@ if TYPE_CHECKING:
 class Callback:
     """Base of all callbacks: methods that do nothing. Override those that you need.
 
-    Order of the calls: `on_fit_start`; for each epoch `on_epoch_start`, `on_step_end` after
-    each optimizer update, `on_epoch_end`; `on_fit_end`, also after Ctrl-C and after an error.
+    Order of the calls: `on_fit_start`; for each phase `on_phase_start`; for each epoch of it
+    `on_epoch_start`, `on_step_end` after each optimizer update, `on_epoch_end`; `on_fit_end`,
+    also after Ctrl-C and after an error.
     A callback may set `trainer.should_stop = True` to end the fit after the epoch.
     """
 
     def on_fit_start(self, trainer: Trainer, num_epochs: int) -> None:
-        """Before the first epoch; the model is on its device, the optimizer is built."""
+        """Before the first phase; the model is on its device, frozen as in that phase."""
+
+    def on_phase_start(self, trainer: Trainer, phase: Phase) -> None:
+        """Before the first epoch of a phase; the model is frozen as it says."""
 
     def on_epoch_start(self, trainer: Trainer, epoch: int) -> None:
         """Before an epoch, numbered from 1."""
@@ -40,7 +46,7 @@ class Callback:
         """After an optimizer update, numbered from 1 within its epoch."""
 
     def on_epoch_end(self, trainer: Trainer, record: EpochRecord) -> None:
-        """After both phases of an epoch; the record is in the trainer's history already."""
+        """After both passes of an epoch; the record is in the trainer's history already."""
 
     def on_fit_end(self, trainer: Trainer, history: History) -> None:
         """After the last epoch; the best weights are back in the model."""
@@ -90,7 +96,7 @@ class ProgressBar(Callback):
 
 
 class EpochLog(Callback):
-    """Print a line for each epoch, and at the end the time and the best accuracy."""
+    """Print a line for each phase and each epoch, and at the end the time and the best accuracy."""
 
     def __init__(self) -> None:
         self._num_epochs = 0
@@ -105,8 +111,23 @@ class EpochLog(Callback):
             f"recipe {trainer.recipe.name}, {_describe_rates(trainer)}, seed {trainer.seed}"
         )
 
+    def on_phase_start(self, trainer: Trainer, phase: Phase) -> None:
+        """Print which phase begins, where there are several, and what is computed once."""
+        settings = trainer.history.settings
+        if phase.name == settings["phases"][0]["name"] and settings["head_start"] is not None:
+            self._print(describe_start(settings["head_start"]))
+        if len(settings["phases"]) > 1:
+            model = trainer.model
+            self._print(
+                f"Phase {phase.name}: {model.num_trainable_parameters:,} of "
+                f"{model.num_parameters:,} parameters train"
+            )
+        features = settings["features"][phase.name]
+        if features["cached"]:
+            self._print(f"Features of the frozen part are computed once: {features['in_words']}")
+
     def on_epoch_end(self, trainer: Trainer, record: EpochRecord) -> None:
-        """Print loss and accuracy of both phases."""
+        """Print loss and accuracy of both passes."""
         width = len(str(self._num_epochs))
         self._print(
             f"epoch {record.epoch:{width}}/{self._num_epochs}  "
@@ -139,6 +160,8 @@ class EpochLog(Callback):
 
 def _describe_rates(trainer: Trainer) -> str:
     settings = trainer.history.settings
+    if settings["lr"] is None:
+        return f"solver {settings['solver']}"
     lr, factor = settings["lr"], settings["backbone_lr_factor"]
     apart = factor not in (None, 1.0) and not trainer.model.is_backbone_frozen
     return f"lr {lr:g}" + (f" (backbone {lr * factor:g})" if apart else "")

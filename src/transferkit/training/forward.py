@@ -8,22 +8,23 @@ from typing import TypeAlias
 from torch import Tensor
 
 from transferkit.errors import ConfigError
-from transferkit.models import Classifier
+from transferkit.training.feeds import Feed
 
 Criterion: TypeAlias = "Callable[[Tensor, Tensor], Tensor]"
 """A callable from logits (N, C) and targets (N,) to the batch's mean loss, a scalar."""
 
 
 def forward(
-    model: Classifier, criterion: Criterion, images: Tensor, targets: Tensor
+    feed: Feed, criterion: Criterion, inputs: Tensor, targets: Tensor, *, backbone_name: str
 ) -> tuple[Tensor, Tensor]:
     """Compute the loss and the logits of a batch.
 
     Args:
-        model: The classifier, in training mode.
+        feed: Makes logits of the inputs that it gave; its model is in training mode.
         criterion: Maps logits and targets to the mean loss.
-        images: float32 `(N, 3, H, W)`.
-        targets: int64 `(N,)`.
+        inputs: Images float32 `(N, C, H, W)`, or activations.
+        targets: int64 `(N,)`, or soft ones `(N, classes)`.
+        backbone_name: The backbone's name, for the error text.
 
     Returns:
         The loss, a scalar, and the logits `(N, C)`.
@@ -33,11 +34,11 @@ def forward(
             the channels last.
     """
     try:
-        logits: Tensor = model(images)
+        logits = feed.logits(inputs)
     except RuntimeError as error:
         if "view size is not compatible" in str(error):
             raise ConfigError(
-                f"The backbone `{model.backbone_name}` calls `view` on activations, "
+                f"The backbone `{backbone_name}` calls `view` on activations, "
                 f"which works with the channels first only. Pass `channels_last=False`."
             ) from error
         raise

@@ -27,7 +27,8 @@ class EpochRecord:
         val_loss: Mean of the criterion over the validation images.
         val_accuracy: Share of them predicted right, in [0, 1].
         lr: Learning rate of the first parameter group, usually the head's, at the epoch's start.
-        seconds: Duration of both phases.
+        seconds: Duration of both passes.
+        phase: The name of the phase that it belongs to.
     """
 
     epoch: int
@@ -37,6 +38,7 @@ class EpochRecord:
     val_accuracy: float
     lr: float
     seconds: float
+    phase: str = ""
 
     def get(self, key: str) -> float:
         """Return the value called `key`: "val_loss", "val_accuracy" and so on.
@@ -53,7 +55,7 @@ def check_record_key(key: str) -> str:
     Raises:
         ConfigError: They have not.
     """
-    keys = [each.name for each in fields(EpochRecord)]
+    keys = [each.name for each in fields(EpochRecord) if each.name != "phase"]
     if key not in keys:
         raise ConfigError(f"Unknown record key `{key}`. Epoch records have: {', '.join(keys)}.")
     return key
@@ -176,8 +178,8 @@ def rank(record: EpochRecord) -> tuple[bool, float, float]:
     return False, -record.val_accuracy, record.val_loss
 
 
-def _finite_or_none(value: float) -> float | None:
-    return value if abs(value) < float("inf") else None
+def _finite_or_none(value: float | str) -> float | str | None:
+    return value if isinstance(value, str) or abs(value) < float("inf") else None
 
 
 def _none_to_nan(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -53,6 +53,7 @@ class Loading:
     cache_bytes: int
     on_error: OnError
     max_skipped: float
+    verbose: bool = False
 
     def __post_init__(self) -> None:
         check_integer("cache_bytes", self.cache_bytes, minimum=0)
@@ -67,6 +68,7 @@ class Loading:
         shuffle: bool = False,
         balanced: bool = False,
         cache_share: float = 0.0,
+        batch_size: int | None = None,
     ) -> ImageLoader:
         """Make a loader.
 
@@ -77,13 +79,14 @@ class Loading:
             shuffle: Draw a new order each epoch.
             balanced: Show each class equally often.
             cache_share: The part of the memory for kept pictures that it may use.
+            batch_size: Pictures in a batch; None takes the fit's.
         """
         if dataset.decode is decode_image:
             dataset = dataset.with_decode(self.model.preprocess.decode)
         return ImageLoader(
             dataset,
             transform,
-            batch_size=self.batch_size,
+            batch_size=self.batch_size if batch_size is None else batch_size,
             shuffle=shuffle,
             balanced=balanced,
             seed=self.seed,
@@ -170,12 +173,33 @@ def check_balance(balance: Balance | None, criterion: Criterion | None) -> Balan
 
 
 def make_criterion(
-    criterion: Criterion | None, balance: Balance | None, dataset: ImageDataset
+    criterion: Criterion | None,
+    balance: Balance | None,
+    dataset: ImageDataset,
+    *,
+    label_smoothing: float = 0.0,
 ) -> Criterion:
-    """Return the criterion: the given one, or cross-entropy, weighted where that was asked."""
+    """Return the criterion: the given one, or cross-entropy, weighted where that was asked.
+
+    Args:
+        criterion: The given one, or None.
+        balance: How rare classes are made to count.
+        dataset: The training pictures.
+        label_smoothing: The share of each target that goes to all classes alike, in [0, 1).
+
+    Raises:
+        ConfigError: The smoothing is out of range, or would be ignored.
+    """
+    smoothing = check_share("label_smoothing", label_smoothing)
+    if criterion is not None and smoothing:
+        raise ConfigError(
+            "`label_smoothing` belongs to the default criterion and would be ignored with yours. "
+            "Leave one out, or give yours the smoothing."
+        )
     if criterion is not None:
         return criterion
-    return nn.CrossEntropyLoss(weight=class_weights(dataset) if balance == "weights" else None)
+    weight = class_weights(dataset) if balance == "weights" else None
+    return nn.CrossEntropyLoss(weight=weight, label_smoothing=smoothing)
 
 
 def make_batch_transform(

@@ -13,6 +13,7 @@ from transferkit._checks import check_callable
 from transferkit._registry import Registry
 from transferkit.errors import ConfigError
 from transferkit.models import Classifier
+from transferkit.training.groups import Rates, make_groups
 
 
 class OptimizerFactory(Protocol):
@@ -45,8 +46,7 @@ def make_optimizer(
     optimizer: str | OptimizerFactory | Optimizer,
     model: Classifier,
     *,
-    lr: float,
-    backbone_lr_factor: float,
+    rates: Rates | None,
     momentum: float,
     weight_decay: float,
 ) -> Optimizer:
@@ -56,8 +56,7 @@ def make_optimizer(
         optimizer: "sgd", "adam" or "adamw"; a factory; or an optimizer over parameters
             of this model, which is taken as it is.
         model: The model.
-        lr: Learning rate of the head; only for a name.
-        backbone_lr_factor: Learning rate of the backbone relative to it; only for a name.
+        rates: The learning rates; only for a name.
         momentum: Momentum of "sgd", in [0, 1).
         weight_decay: Weight decay, at least 0; only for a name.
 
@@ -71,10 +70,12 @@ def make_optimizer(
     """
     parameters = list(model.trainable_parameters())
     if isinstance(optimizer, str):
-        options: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
+        options: dict[str, Any] = {"weight_decay": weight_decay}
         if optimizer == "sgd":
             options["momentum"] = momentum
-        return _NAMED.get(optimizer)(_make_groups(model, lr, backbone_lr_factor), **options)
+        if rates is not None:
+            options["lr"] = rates.lr
+        return _NAMED.get(optimizer)(make_groups(model, rates), **options)
     if not isinstance(optimizer, Optimizer):
         check_callable("optimizer", optimizer, "a name, a factory or a torch.optim.Optimizer")
     built = optimizer if isinstance(optimizer, Optimizer) else optimizer(parameters)
@@ -85,22 +86,6 @@ def make_optimizer(
         )
     _check_parameters(built, parameters)
     return built
-
-
-def _make_groups(model: Classifier, lr: float, factor: float) -> list[dict[str, Any]]:
-    """Return a parameter group for each part of the model that trains, the head's first."""
-    groups = [
-        {
-            "name": name,
-            "params": [each for each in part.parameters() if each.requires_grad],
-            "lr": rate,
-        }
-        for name, part, rate in (
-            ("head", model.head, lr),
-            ("backbone", model.backbone, lr * factor),
-        )
-    ]
-    return [group for group in groups if group["params"]]
 
 
 def _check_parameters(optimizer: Optimizer, trainable: list[nn.Parameter]) -> None:
@@ -120,8 +105,16 @@ def _check_parameters(optimizer: Optimizer, trainable: list[nn.Parameter]) -> No
 
 
 def group_options(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """Return the options of each parameter group: learning rate, momentum and so on."""
+    """Return the options of each parameter group: learning rate, momentum and so on.
+
+    A rate that is a tensor, which a scheduler changes in place, comes as a number.
+    """
+    left_out = ("params", "param_names", "initial_lr")
     return [
-        {name: value for name, value in group.items() if name not in ("params", "initial_lr")}
+        {name: _to_number(value) for name, value in group.items() if name not in left_out}
         for group in optimizer.param_groups
     ]
+
+
+def _to_number(value: Any) -> Any:
+    return value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value

@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from transferkit.errors import unknown_name
+from transferkit.training.phases import Phase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,10 @@ class Recipe:
         batch_size: Pictures in a batch.
         epochs: Passes over the training pictures.
         augmentation: An augmentation preset's name.
+        stage_lr_factor: Learning rate of each stage of the backbone relative to the stage
+            after it.
+        phases: The phases of the fit, with the settings above where they have none of their
+            own; none means one phase of `epochs` with what is frozen in the model.
     """
 
     name: str
@@ -39,10 +44,12 @@ class Recipe:
     batch_size: int
     epochs: int
     augmentation: str = "tutorial"
+    stage_lr_factor: float = 1.0
+    phases: tuple[Phase, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain JSON data."""
-        return asdict(self)
+        return {**asdict(self), "phases": [phase.to_dict() for phase in self.phases]}
 
 
 RECIPES: MappingProxyType[str, Recipe] = MappingProxyType(
@@ -73,6 +80,40 @@ RECIPES: MappingProxyType[str, Recipe] = MappingProxyType(
             scheduler="warmup_cosine",
             batch_size=16,
             epochs=5,
+        ),
+        # Kumar et al., Fine-Tuning can Distort Pretrained Features and Underperform
+        # Out-of-Distribution, 2022, https://arxiv.org/abs/2202.10054
+        "probe_then_finetune": Recipe(
+            name="probe_then_finetune",
+            optimizer="sgd",
+            lr=0.01,
+            backbone_lr_factor=0.03,
+            scheduler="cosine",
+            batch_size=16,
+            epochs=6,
+            phases=(
+                Phase(name="probe", epochs=3, freeze="backbone"),
+                Phase(name="finetune", epochs=3, unfreeze="all", warmup=0.1),
+            ),
+        ),
+        # Howard and Ruder, Universal Language Model Fine-tuning for Text Classification, 2018,
+        # https://arxiv.org/abs/1801.06146
+        "gradual": Recipe(
+            name="gradual",
+            optimizer="sgd",
+            lr=0.01,
+            backbone_lr_factor=0.1,
+            stage_lr_factor=0.7,
+            scheduler="cosine",
+            batch_size=16,
+            epochs=6,
+            # Thirds rather than single stages, of which backbones have one to thirty.
+            phases=(
+                Phase(name="head", epochs=2, freeze="backbone"),
+                Phase(name="last third", epochs=1, unfreeze=1 / 3, warmup=0.2),
+                Phase(name="last two thirds", epochs=1, unfreeze=2 / 3, warmup=0.2),
+                Phase(name="all", epochs=2, unfreeze=1.0, warmup=0.2),
+            ),
         ),
     }
 )

@@ -255,7 +255,7 @@ def _one_cycle(
     The momentum stays what the user set.
     """
     warmup = _check_warmup(warmup)
-    rates = [group["lr"] for group in optimizer.param_groups]
+    rates = [float(group["lr"]) for group in optimizer.param_groups]  # A tensor would change.
     total = num_epochs * steps_per_epoch
     scheduler = lr_scheduler.OneCycleLR(
         optimizer, max_lr=rates, total_steps=total, pct_start=warmup, cycle_momentum=False

@@ -6,15 +6,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from transferkit._checks import check_integer, check_number, check_type
 from transferkit.errors import ConfigError
+from transferkit.training.phases import to_plain
 from transferkit.training.recipes import Recipe, get_recipe
 
 _RATE_LIMITS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "lr": ("above 0", lambda value: value > 0),
     "backbone_lr_factor": ("above 0", lambda value: value > 0),
+    "stage_lr_factor": ("above 0", lambda value: value > 0),
     "momentum": ("in [0, 1)", lambda value: 0 <= value < 1),
     "weight_decay": ("of at least 0", lambda value: value >= 0),
 }
@@ -39,7 +39,8 @@ def resolve_recipe(
         scheduler_options: Options for the scheduler.
         augmentation: Likewise.
         batch_size: Likewise.
-        rates: "lr", "backbone_lr_factor", "momentum" and "weight_decay"; None keeps the recipe's.
+        rates: "lr", "backbone_lr_factor", "stage_lr_factor", "momentum" and "weight_decay";
+            None keeps the recipe's.
 
     Returns:
         The settings that hold. What was given as an object stays out of them.
@@ -51,6 +52,7 @@ def resolve_recipe(
     base = get_recipe(recipe) if isinstance(recipe, str) else recipe
     check_type("recipe", base, Recipe, "a recipe or the name of one")
     names = {"optimizer": optimizer, "scheduler": scheduler, "augmentation": augmentation}
+    _check_heeded(base, {**names, **rates})
     given: dict[str, Any] = {name: value for name, value in names.items() if isinstance(value, str)}
     given |= _check_rates(rates, optimizer if optimizer is not None else base.optimizer)
     if batch_size is not None:
@@ -62,8 +64,19 @@ def resolve_recipe(
     if scheduler is not None or scheduler_options is not None:
         options = {} if scheduler_options is None else scheduler_options
         check_type("scheduler_options", options, dict, "a dict of options")
-        given["scheduler_options"] = {name: _to_plain(each) for name, each in options.items()}
+        given["scheduler_options"] = {name: to_plain(each) for name, each in options.items()}
     return replace(base, **given)
+
+
+def _check_heeded(recipe: Recipe, given: Mapping[str, object]) -> None:
+    """Refuse what every phase of the recipe has a setting of its own for."""
+    for name, value in given.items():
+        own = [getattr(phase, name, None) is not None for phase in recipe.phases]
+        if value is not None and own and all(own):
+            raise ConfigError(
+                f"`{name}` would be ignored: each phase of the recipe `{recipe.name}` has one of "
+                f"its own. Leave it out, or change the phases."
+            )
 
 
 def _check_rates(rates: Mapping[str, float | None], optimizer: object) -> dict[str, float]:
@@ -79,11 +92,6 @@ def _check_rates(rates: Mapping[str, float | None], optimizer: object) -> dict[s
         words, fits = _RATE_LIMITS[name]
         given[name] = check_number(name, value, fits, words)
     return given
-
-
-def _to_plain(value: Any) -> Any:
-    """Return NumPy's numbers as Python's, which the history can hold as JSON."""
-    return value.item() if isinstance(value, np.generic) else value
 
 
 def name_of(thing: object) -> str | None:

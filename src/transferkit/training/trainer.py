@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,23 +13,30 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from transferkit._checks import check_integer, check_type
+from transferkit._checks import check_flag, check_integer, check_type
 from transferkit._device import resolve_device
 from transferkit._files import check_writable
-from transferkit._seeding import check_seed, seeded_torch
+from transferkit._seeding import check_seed
 from transferkit.artifacts import save_artifact
-from transferkit.data import ImageDataset, ImageLoader, ImageSplits
+from transferkit.data import ImageDataset, ImageSplits
 from transferkit.data.loader import DEFAULT_MAX_SKIPPED, OnError, WorkerType
 from transferkit.errors import ConfigError
 from transferkit.evaluation import Evaluation, evaluate_model
-from transferkit.evaluation.evaluate import RunningMean
 from transferkit.images import Augmentation
 from transferkit.models import Classifier
-from transferkit.models.modes import modes_kept
-from transferkit.training.best import BestWeights
+from transferkit.training.admission import (
+    check_frozen_by_plan,
+    check_phases,
+    check_solver_fits,
+    shorten_solved,
+)
+from transferkit.training.averaging import EMA, SWA, make_average
 from transferkit.training.callbacks import Callback, EpochLog, ProgressBar, check_callables
-from transferkit.training.forward import Criterion, forward
-from transferkit.training.history import EpochRecord, History
+from transferkit.training.feed_choice import CacheChoice, check_cache
+from transferkit.training.fitting import Fit, Job
+from transferkit.training.forward import Criterion
+from transferkit.training.head_start import HeadStart, check_head_start
+from transferkit.training.history import History
 from transferkit.training.loading import (
     DEFAULT_CACHE_BYTES,
     Balance,
@@ -39,15 +44,17 @@ from transferkit.training.loading import (
     Loading,
     check_balance,
     find_split,
-    list_skipped,
     make_batch_transform,
     make_criterion,
-    mix,
 )
-from transferkit.training.optimizers import OptimizerFactory, group_options, make_optimizer
+from transferkit.training.optimizers import OptimizerFactory
+from transferkit.training.phases import Phase, ResolvedPhase, resolve_phases, spread_epochs
+from transferkit.training.plan import FitPlan, plan_fit
 from transferkit.training.recipes import Recipe
-from transferkit.training.schedulers import Schedule, SchedulerFactory, make_schedule
+from transferkit.training.regularizers import check_strength
+from transferkit.training.schedulers import Schedule, SchedulerFactory
 from transferkit.training.settings import name_of, resolve_recipe
+from transferkit.training.solving import Solver, check_solver
 
 
 class Trainer:
@@ -65,8 +72,10 @@ class Trainer:
         optimizer: "sgd", "adam", "adamw", a factory over parameters, or an optimizer over
             exactly the parameters that train.
         lr: Learning rate of the head, above 0; only where `optimizer` is a name.
-        backbone_lr_factor: Learning rate of the backbone relative to `lr`, above 0; only
-            where `optimizer` is a name.
+        backbone_lr_factor: Learning rate of the backbone's last stage relative to `lr`, above
+            0; only where `optimizer` is a name.
+        stage_lr_factor: Learning rate of each stage of the backbone relative to the stage
+            after it, above 0 (discriminative learning rates); only where `optimizer` is a name.
         momentum: Momentum of "sgd", in [0, 1); only where `optimizer` is a name.
         weight_decay: Weight decay, at least 0; only where `optimizer` is a name.
         scheduler: A name (`list_schedulers()`), a factory, a `Schedule` or a PyTorch
@@ -80,6 +89,22 @@ class Trainer:
             the criterion must take. Training accuracy counts the true classes.
         balance: What to do about rare classes: "sampler" draws each class equally often,
             "weights" weighs them in the loss (`class_weights`); None takes them as they are.
+        head_start: Where the head starts: None leaves it as it is (random); "class_means",
+            "ridge" or "logistic" fits it to the features of the training pictures;
+            "pretrained" takes the rows of the classifier that the backbone was trained with
+            whose class names fit; a mapping from our class names to its names or indices says
+            which these are.
+        label_smoothing: The share of each target that goes to all classes alike, in [0, 1].
+        l2_sp: Strength of the pull of the backbone's weights back to where they started, at
+            least 0; 0 is none.
+        average: `EMA(...)` or `SWA(...)`: evaluate, and keep, averages of the weights.
+        wise_ft: After the fit, interpolate between the weights before fine-tuning and the best
+            ones, by the factor that validates best.
+        cache: Whether the features of a frozen part are computed once: "auto" does so where it
+            can and the features fit, True demands it, False never does; a `FeatureCache` says
+            how many augmented views of each picture, by which engine, and where they are kept.
+        solver: What trains the head where nothing else trains: "sgd" the optimizer, "lbfgs"
+            logistic regression on cached features, its penalty picked by cross-validation.
         criterion: Maps logits `(N, C)` and targets `(N,)` to the batch's mean loss; None
             takes cross-entropy. An epoch's loss is the mean over its batches, each weighted
             by its number of images. A module is moved to `device`.
@@ -126,6 +151,7 @@ class Trainer:
         optimizer: str | OptimizerFactory | Optimizer | None = None,
         lr: float | None = None,
         backbone_lr_factor: float | None = None,
+        stage_lr_factor: float | None = None,
         momentum: float | None = None,
         weight_decay: float | None = None,
         scheduler: str | SchedulerFactory | Schedule | LRScheduler | None = None,
@@ -134,6 +160,13 @@ class Trainer:
         augmentation: str | Augmentation | None = None,
         batch_augmentation: str | BatchTransform | None = None,
         balance: Balance | None = None,
+        head_start: HeadStart = None,
+        label_smoothing: float = 0.0,
+        l2_sp: float = 0.0,
+        average: EMA | SWA | None = None,
+        wise_ft: bool = False,
+        cache: CacheChoice = "auto",
+        solver: Solver = "sgd",
         criterion: Criterion | None = None,
         callbacks: Sequence[Callback] = (),
         seed: int = 0,
@@ -155,6 +188,7 @@ class Trainer:
                 f"{', ...' if data.num_classes > 5 else ''}) and the model {model.num_classes}. "
                 f"Build it with `num_classes=len(data.class_names)`."
             )
+        check_frozen_by_plan(model)
         self.model: Classifier = model
         self.data: ImageSplits = data
         self.seed: int = check_seed(seed)
@@ -169,23 +203,38 @@ class Trainer:
             rates={
                 "lr": lr,
                 "backbone_lr_factor": backbone_lr_factor,
+                "stage_lr_factor": stage_lr_factor,
                 "momentum": momentum,
                 "weight_decay": weight_decay,
             },
         )
         self._balance = check_balance(balance, criterion)
-        self.criterion: Criterion = make_criterion(criterion, balance, data.train)
+        self.criterion: Criterion = make_criterion(
+            criterion, balance, data.train, label_smoothing=label_smoothing
+        )
         if isinstance(self.criterion, nn.Module):
             self.criterion.to(self.device)  # Class weights are buffers of it.
         self.history: History = History()
         self.should_stop: bool = False
-        self._optimizer = optimizer if optimizer is not None else self.recipe.optimizer
-        self._scheduler = scheduler if scheduler is not None else self.recipe.scheduler
-        self._augmentation = augmentation if augmentation is not None else self.recipe.augmentation
         self._callbacks = [*((EpochLog(), ProgressBar()) if verbose else ()), *callbacks]
         self._batch_augmentation = batch_augmentation
-        self._mix = make_batch_transform(batch_augmentation, data.num_classes)
-        self._loading = Loading(
+        self._label_smoothing = label_smoothing
+        self._average = average
+        self._has_own_criterion = criterion is not None
+        self._given_for_steps = {
+            name: value is not None
+            for name, value in (
+                ("optimizer", optimizer),
+                ("lr", lr),
+                ("backbone_lr_factor", backbone_lr_factor),
+                ("stage_lr_factor", stage_lr_factor),
+                ("momentum", momentum),
+                ("weight_decay", weight_decay),
+                ("scheduler", scheduler),
+                ("scheduler_options", scheduler_options),
+            )
+        }
+        loading = Loading(
             model=model,
             batch_size=self.recipe.batch_size,
             seed=self.seed,
@@ -195,61 +244,106 @@ class Trainer:
             cache_bytes=cache_bytes,
             on_error=on_error,
             max_skipped=max_skipped,
+            verbose=verbose,
         )
-        self._train_loader, self._val_loader = self._loading.phases(
-            data, self._augmentation, balanced=balance == "sampler"
+        augment = augmentation if augmentation is not None else self.recipe.augmentation
+        train_loader, val_loader = loading.phases(data, augment, balanced=balance == "sampler")
+        self._job = Job(
+            model=model,
+            data=data,
+            recipe=self.recipe,
+            optimizer=optimizer if optimizer is not None else self.recipe.optimizer,
+            scheduler=scheduler if scheduler is not None else self.recipe.scheduler,
+            augmentation=augment,
+            criterion=self.criterion,
+            mixing=make_batch_transform(batch_augmentation, data.num_classes),
+            loading=loading,
+            train_loader=train_loader,
+            val_loader=val_loader,
+            cache=check_cache(cache),
+            solver=check_solver(solver),
+            head_start=check_head_start(head_start, model, data),
+            l2_sp=check_strength(l2_sp),
+            average=make_average(average),
+            wise_ft=check_flag("wise_ft", wise_ft),
+            memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+            seed=self.seed,
+            device=self.device,
         )
-        self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        model.to(self.device).to(memory_format=self._memory_format)
-        # Built now to have the errors at the door; `fit` builds its own.
-        trial = self._make_optimizer()
-        if trial is not optimizer:  # A scheduler would change the user's own optimizer.
-            self._make_schedule(trial, num_epochs=self.recipe.epochs)
+        model.to(self.device).to(memory_format=self._job.memory_format)
+        self._admit(self._make_phases(None, None))  # To have the errors at the door.
 
     @property
     def steps_per_epoch(self) -> int:
         """The number of optimizer updates in an epoch."""
-        return len(self._train_loader)
+        return len(self._job.train_loader)
 
-    def fit(self, epochs: int | None = None) -> History:
+    def fit(self, epochs: int | None = None, *, phases: Sequence[Phase] | None = None) -> History:
         """Train, and put the weights of the best epoch back into the model.
 
         The fit starts from the model's present weights, with a new optimizer and schedule
         unless they were given as objects. Ctrl-C ends it after the running step, with the
         best weights so far; an error in between leaves the best weights so far, too. Where no
-        epoch was completed, the model is as it was before.
+        epoch was completed, the model is as it was before. What is frozen afterwards is what
+        was frozen in the last phase.
 
         Args:
             epochs: Passes over the training pictures, at least 1; None takes the recipe's.
+                Where the recipe has phases, they are shared out in their proportion.
+            phases: The phases of the fit, in the place of the recipe's; each has its own
+                epochs.
 
         Returns:
             The history, which is also in `trainer.history`.
 
         Raises:
-            ConfigError: `epochs` is out of range.
+            ConfigError: `epochs` is out of range, or the phases do not fit model and optimizer.
+            FreezeError: What a phase freezes or unfreezes is not there.
+            FeatureError: Cached features are not those that the network gives.
             ImageError: A picture cannot be read; the message names its path.
         """
-        wanted = self.recipe.epochs if epochs is None else epochs
-        num_epochs = check_integer("epochs", wanted, minimum=1)
-        optimizer = self._make_optimizer()
-        options = group_options(optimizer)
-        schedule = self._make_schedule(optimizer, num_epochs=num_epochs)
-        self.history = History(settings=self._settings(num_epochs, options[0]))
+        resolved = self._make_phases(epochs, phases)
+        options = self._admit(resolved)
+        self.history = History(settings=self._settings(resolved, options))
         self.should_stop = False
-        with (
-            modes_kept(self.model),
-            self._session(num_epochs, optimizer, options) as best,
-            seeded_torch(self.seed, self.device),
-        ):
-            for epoch in range(1, num_epochs + 1):
-                record = self._run_epoch(epoch, optimizer, schedule)
-                self.history.records.append(record)
-                best.offer(record)
-                self._call("on_epoch_end", record)
-                if self.should_stop and epoch < num_epochs:
-                    self.history.status = "stopped"
-                    break
+        Fit(
+            self._job,
+            resolved,
+            self.history,
+            notify=self._call,
+            should_stop=lambda: self.should_stop,
+        ).run()
         return self.history
+
+    def plan(
+        self,
+        epochs: int | None = None,
+        *,
+        phases: Sequence[Phase] | None = None,
+        measure: bool = True,
+        verbose: bool = True,
+    ) -> FitPlan:
+        """Work out what `fit` with the same arguments would do, before anything runs.
+
+        Args:
+            epochs: As for `fit`.
+            phases: As for `fit`.
+            measure: Run a few batches on a copy of the model, to estimate time and memory.
+            verbose: Print the plan, too.
+
+        Returns:
+            Phases, what trains in each, learning rates, steps, where features are cached, and
+            the estimates. Model, optimizer and random state are as before.
+
+        Raises:
+            ConfigError: `fit` would raise it, too.
+        """
+        resolved = self._make_phases(epochs, phases)
+        self._admit(resolved)
+        plan = plan_fit(self._job, resolved, measure=measure)
+        if verbose:
+            print(plan)
+        return plan
 
     def evaluate(self, split: str | ImageDataset = "val") -> Evaluation:
         """Evaluate the model on a split.
@@ -266,9 +360,16 @@ class Trainer:
             ImageError: A picture cannot be read.
         """
         dataset = find_split(self.data, split)
-        loader = self._loading.loader(dataset, self.model.preprocess.eval())
+        loader = self._job.loading.loader(dataset, self.model.preprocess.eval())
         try:
-            return replace(self._evaluate(loader), skipped=loader.skipped)
+            evaluation = evaluate_model(
+                self.model,
+                loader.batches(),
+                class_names=self.data.class_names,
+                criterion=self.criterion,
+                memory_format=self._job.memory_format,
+            )
+            return replace(evaluation, skipped=loader.skipped)
         finally:
             loader.close()
 
@@ -292,123 +393,82 @@ class Trainer:
             history=self.history.to_dict() if self.history.records else None,
         )
 
-    def _run_epoch(self, epoch: int, optimizer: Optimizer, schedule: Schedule) -> EpochRecord:
-        start = time.perf_counter()
-        lr = float(optimizer.param_groups[0]["lr"])
-        self._call("on_epoch_start", epoch)
-        mean = self._train_phase(epoch, optimizer, schedule)
-        evaluation = self._evaluate(self._val_loader)
-        record = EpochRecord(
-            epoch=epoch,
-            train_loss=mean.loss,
-            train_accuracy=mean.accuracy,
-            val_loss=evaluation.loss,
-            val_accuracy=evaluation.accuracy,
-            lr=lr,
-            seconds=time.perf_counter() - start,
+    def _make_phases(
+        self, epochs: int | None, phases: Sequence[Phase] | None
+    ) -> tuple[ResolvedPhase, ...]:
+        """Return the phases of a fit: the given ones, the recipe's, or one of so many epochs."""
+        if phases is not None:
+            if epochs is not None:
+                raise ConfigError(
+                    f"`epochs` is {epochs!r} and `phases` are given, which have epochs of their "
+                    f"own. Leave one of them out."
+                )
+            return self._resolve(phases)
+        wanted = self.recipe.epochs if epochs is None else epochs
+        num_epochs = check_integer("epochs", wanted, minimum=1)
+        if self.recipe.phases:
+            return self._resolve(spread_epochs(self.recipe.phases, num_epochs))
+        return self._resolve([Phase(name=self.recipe.name, epochs=num_epochs)])
+
+    def _resolve(self, phases: Sequence[Phase]) -> tuple[ResolvedPhase, ...]:
+        resolved = resolve_phases(self.model, phases)
+        return shorten_solved(self.model, resolved, solver=self._job.solver)
+
+    def _admit(self, phases: Sequence[ResolvedPhase]) -> dict[str, Any]:
+        """Check that the job can run these phases; return the first group's options."""
+        check_frozen_by_plan(self.model)
+        check_solver_fits(
+            self._job,
+            phases,
+            changing_loss={
+                "criterion": self._has_own_criterion,
+                "label_smoothing": self._label_smoothing > 0,
+                "balance": self._balance is not None,
+                "batch_augmentation": self._batch_augmentation is not None,
+            },
+            of_steps={
+                **self._given_for_steps,
+                "l2_sp": self._job.l2_sp > 0,
+                "average": self._average is not None,
+                "wise_ft": self._job.wise_ft,
+            },
         )
-        schedule.step("epoch", record.get)
-        return record
-
-    def _train_phase(self, epoch: int, optimizer: Optimizer, schedule: Schedule) -> RunningMean:
-        self.model.train()
-        mean = RunningMean(self.device)
-        for step, batch in enumerate(self._train_loader.batches(epoch=epoch), start=1):
-            batch = batch.to(self.device, memory_format=self._memory_format)
-            images, targets, _ = batch
-            wanted = targets
-            if self._mix is not None:
-                images, wanted = mix(self._mix, batch, seed=self.seed, epoch=epoch)
-            loss, logits = forward(self.model, self.criterion, images, wanted)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            schedule.step("step")
-            mean.add(loss, logits, targets)
-            self._call("on_step_end", step)
-        return mean
-
-    def _evaluate(self, loader: ImageLoader) -> Evaluation:
-        return evaluate_model(
-            self.model,
-            loader.batches(),
-            class_names=self.data.class_names,
-            criterion=self.criterion,
-            memory_format=self._memory_format,
-        )
-
-    @contextmanager
-    def _session(
-        self, num_epochs: int, optimizer: Optimizer, options: list[dict[str, Any]]
-    ) -> Iterator[BestWeights]:
-        """Run the epochs between start and end; whatever ends them, the best weights return."""
-        best = BestWeights(self.model)
-        start = time.perf_counter()
-        try:
-            self._call("on_fit_start", num_epochs)
-            yield best
-        except KeyboardInterrupt:
-            self.history.status = "interrupted"
-        except BaseException:
-            self.history.status = "failed"
-            raise
-        finally:
-            best.restore()
-            if not isinstance(self._scheduler, (Schedule, LRScheduler)):
-                # An optimizer given as an object is not left with the last rate, maybe 0.
-                for group, first in zip(optimizer.param_groups, options, strict=False):
-                    group.update(first)
-            self.model.zero_grad(set_to_none=True)
-            self._train_loader.close()
-            self._val_loader.close()
-            self.history.skipped = list_skipped(train=self._train_loader, val=self._val_loader)
-            self.history.seconds = time.perf_counter() - start
-            self._call("on_fit_end", self.history)
+        return check_phases(self._job, phases)
 
     def _call(self, event: str, *arguments: Any) -> None:
         for callback in self._callbacks:
             getattr(callback, event)(self, *arguments)
 
-    def _make_optimizer(self) -> Optimizer:
-        return make_optimizer(
-            self._optimizer,
-            self.model,
-            lr=self.recipe.lr,
-            backbone_lr_factor=self.recipe.backbone_lr_factor,
-            momentum=self.recipe.momentum,
-            weight_decay=self.recipe.weight_decay,
-        )
-
-    def _make_schedule(self, optimizer: Optimizer, *, num_epochs: int) -> Schedule:
-        return make_schedule(
-            self._scheduler,
-            optimizer,
-            num_epochs=num_epochs,
-            steps_per_epoch=self.steps_per_epoch,
-            options=self.recipe.scheduler_options if isinstance(self._scheduler, str) else {},
-        )
-
-    def _settings(self, num_epochs: int, options: dict[str, Any]) -> dict[str, Any]:
+    def _settings(self, phases: Sequence[ResolvedPhase], options: dict[str, Any]) -> dict[str, Any]:
         """Return what this fit was told, as plain data; rates are the optimizer's own."""
+        job = self._job
         rates = {name: options.get(name) for name in ("lr", "momentum", "weight_decay")}
-        rates["lr"] = float(options["lr"])
-        if not isinstance(self._optimizer, str):
-            rates["backbone_lr_factor"] = None
+        if options and isinstance(job.optimizer, str):
+            rates["lr"] = self.recipe.lr  # Not that of the first step of a warm-up.
+        if not isinstance(job.optimizer, str):
+            rates |= {"backbone_lr_factor": None, "stage_lr_factor": None}
         return (
             self.recipe.to_dict()
             | rates
             | {
-                "epochs": num_epochs,
-                "optimizer": name_of(self._optimizer),
-                "scheduler": name_of(self._scheduler),
-                "augmentation": name_of(self._augmentation),
+                "epochs": sum(each.phase.epochs for each in phases),
+                "phases": [each.phase.to_dict() for each in phases],
+                "optimizer": name_of(job.optimizer),
+                "scheduler": name_of(job.scheduler),
+                "augmentation": name_of(job.augmentation),
                 "batch_augmentation": name_of(self._batch_augmentation),
                 "balance": self._balance,
                 "criterion": name_of(self.criterion),
+                "label_smoothing": self._label_smoothing,
+                "l2_sp": job.l2_sp,
+                "average": None if self._average is None else self._average.to_dict(),
+                "wise_ft": job.wise_ft,
+                "solver": job.solver,
                 "seed": self.seed,
                 "device": str(self.device),
                 "backbone": self.model.backbone_name,
-                "freeze_plan": self.model.freeze_plan.to_dict(),
+                "head": self.model.head_spec.to_dict(),
+                "freeze_plan": phases[0].freeze_plan.to_dict(),
                 "num_train": len(self.data.train),
                 "num_val": len(self.data.val),
             }

@@ -1,20 +1,13 @@
-"""Pictures of pictures, of predictions and of histories; the one room with matplotlib.
-
-Every function takes and returns matplotlib Axes, changes nothing that it is given, never
-calls `show()`, and works without a screen.
-"""
+"""Pictures of pictures, of augmentations, findings and predictions."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from typing import Any, TypeAlias
 
 import matplotlib.pyplot as plt
 import numpy as np
-import numpy.typing as npt
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from transferkit._checks import check_callable, check_integer
@@ -24,21 +17,7 @@ from transferkit.errors import ConfigError, DataError, ImageError
 from transferkit.images import Augmentation, ImageSource, Preprocess, decode_image
 from transferkit.inference import Prediction, Predictor
 from transferkit.models import Classifier
-from transferkit.training import History
-
-__all__ = [
-    "image_grid",
-    "imshow",
-    "plot_history",
-    "show_augmentations",
-    "show_batch",
-    "show_findings",
-    "show_prediction",
-    "show_predictions",
-]
-
-AxesArray: TypeAlias = "npt.NDArray[Any]"
-"""An array of Axes, object dtype, in reading order."""
+from transferkit.plots.axes import AxesArray
 
 CELL_INCHES = 2.4
 _MAX_OF_ONE_FINDING = 4
@@ -349,34 +328,3 @@ def show_prediction(image: ImageSource, prediction: Prediction, *, ax: Axes | No
     """
     title = f"predicted: {prediction.label} ({prediction.probability:.1%})"
     return imshow(image, title=title, ax=ax)
-
-
-def plot_history(history: History, *, axes: Sequence[Axes] | AxesArray | None = None) -> AxesArray:
-    """Draw loss and accuracy of both phases over the epochs, the best epoch marked.
-
-    Args:
-        history: At least one record.
-        axes: Two Axes, for loss and accuracy; None makes a new figure.
-
-    Returns:
-        The two Axes.
-
-    Raises:
-        DataError: The history has no record.
-        ConfigError: There are not two Axes.
-    """
-    best = history.best
-    if axes is None:
-        _, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    if len(axes) != 2:
-        raise ConfigError(f"`axes` should be two Axes, for loss and accuracy, found {len(axes)}.")
-    epochs = history.column("epoch")
-    for ax, name in zip(axes, ("loss", "accuracy"), strict=True):
-        for phase, style in (("train", "--"), ("val", "-")):
-            ax.plot(epochs, history.column(f"{phase}_{name}"), style, marker=".", label=phase)
-        ax.axvline(best.epoch, color="gray", linewidth=0.8, linestyle=":", label="best epoch")
-        ax.set_xlabel("epoch")
-        ax.set_ylabel(name)
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        ax.legend()
-    return np.asarray(axes, dtype=object)

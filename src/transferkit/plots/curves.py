@@ -1,0 +1,93 @@
+"""Curves of a fit: what a history holds, and what a plan foresees."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+
+from transferkit.errors import ConfigError, DataError
+from transferkit.plots.axes import AxesArray
+from transferkit.training import FitPlan, History
+
+
+def plot_history(history: History, *, axes: Sequence[Axes] | AxesArray | None = None) -> AxesArray:
+    """Draw loss and accuracy of both phases over the epochs, the best epoch marked.
+
+    Args:
+        history: At least one record.
+        axes: Two Axes, for loss and accuracy; None makes a new figure.
+
+    Returns:
+        The two Axes.
+
+    Raises:
+        DataError: The history has no record.
+        ConfigError: There are not two Axes.
+    """
+    best = history.best
+    if axes is None:
+        _, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    if len(axes) != 2:
+        raise ConfigError(f"`axes` should be two Axes, for loss and accuracy, found {len(axes)}.")
+    epochs = history.column("epoch")
+    for ax, name in zip(axes, ("loss", "accuracy"), strict=True):
+        for phase, style in (("train", "--"), ("val", "-")):
+            ax.plot(epochs, history.column(f"{phase}_{name}"), style, marker=".", label=phase)
+        ax.axvline(best.epoch, color="gray", linewidth=0.8, linestyle=":", label="best epoch")
+        ax.set_xlabel("epoch")
+        ax.set_ylabel(name)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.legend()
+    return np.asarray(axes, dtype=object)
+
+
+def plot_plan(plan: FitPlan, *, ax: Axes | None = None) -> Axes:
+    """Draw the learning rate of each parameter group over the epochs of a fit.
+
+    The rates stand on a logarithmic scale. A line marks where a phase begins, with its name;
+    a phase that a solver takes over has none.
+
+    Args:
+        plan: What `trainer.plan()` returned.
+        ax: Where to draw; None makes a new figure.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        DataError: The plan has no learning rates.
+    """
+    if not any(phase.lrs for phase in plan.phases):
+        raise DataError("There is nothing to draw: no phase of the plan has learning rates.")
+    if ax is None:
+        _, ax = plt.subplots(figsize=(7, 3.4), layout="constrained")
+    names = list(dict.fromkeys(name for phase in plan.phases for name in phase.lrs))
+    shades = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(names)))
+    for phase in plan.phases:
+        start = phase.first_epoch - 1
+        epochs = start + np.asarray(phase.steps) / max(1, phase.steps_per_epoch)
+        for name, rates in phase.lrs.items():
+            # On a logarithmic scale there is no 0, where most schedules end.
+            shown = np.where(np.asarray(rates) > 0, rates, np.nan)
+            ax.plot(epochs, shown, color=shades[names.index(name)], label=name)
+        ax.axvline(start, color="gray", linewidth=0.8, linestyle=":")
+        ax.annotate(
+            phase.name,
+            (start, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(3, 3),
+            textcoords="offset points",
+            fontsize=8,
+            parse_math=False,
+        )
+    ax.set(xlabel="epoch", ylabel="learning rate", yscale="log")
+    handles, labels = ax.get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    ax.legend(
+        list(unique.values()), list(unique), fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5)
+    )
+    return ax

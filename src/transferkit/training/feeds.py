@@ -1,0 +1,72 @@
+"""Where a fit's batches come from: pictures through the whole network, or cached features."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from transferkit.data import Batch, ImageLoader
+from transferkit.models import Classifier
+
+
+class Feed(Protocol):
+    """What the training loop asks for batches, and what makes logits of them."""
+
+    steps_per_epoch: int
+    module: nn.Module
+    """What runs in a step, and has to be in the mode for it."""
+
+    def train(self, epoch: int) -> Iterator[Batch]:
+        """Iterate over the batches of an epoch, numbered from 1, in its order."""
+        ...
+
+    def val(self) -> Iterator[Batch]:
+        """Iterate over the validation batches."""
+        ...
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        """Compute the logits `(N, C)` of the inputs of a batch."""
+        ...
+
+    def describe(self) -> dict[str, object]:
+        """Return what the feed does, as plain JSON data for the history."""
+        ...
+
+
+class LiveFeed:
+    """Load and augment pictures anew in each epoch and run the whole network.
+
+    Args:
+        model: The model.
+        train: Loads the training pictures.
+        val: Loads the validation pictures.
+        reason: Why features are not cached, in words.
+    """
+
+    def __init__(
+        self, model: Classifier, train: ImageLoader, val: ImageLoader, *, reason: str
+    ) -> None:
+        self.module: nn.Module = model
+        self._train = train
+        self._val = val
+        self.reason: str = reason
+        self.steps_per_epoch: int = len(train)
+
+    def train(self, epoch: int) -> Iterator[Batch]:
+        """Iterate over the batches of an epoch: images float32 `(N, C, H, W)`."""
+        return self._train.batches(epoch=epoch)
+
+    def val(self) -> Iterator[Batch]:
+        """Iterate over the validation batches."""
+        return self._val.batches()
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        """Run the whole network."""
+        logits: Tensor = self.module(inputs)
+        return logits
+
+    def describe(self) -> dict[str, object]:
+        """Say that nothing is cached, and why."""
+        return {"cached": False, "reason": self.reason}
