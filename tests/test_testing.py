@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transferkit.data import load_folders
 from transferkit.errors import BackboneError, ConfigError, OutputError
 from transferkit.images import Preprocess
-from transferkit.models import BackboneSpec
+from transferkit.models import BackboneSpec, get_backbone
 from transferkit.models.stages import Stage
 from transferkit.testing import check_backbone, check_scheduler, make_image_folder
 
@@ -66,6 +66,11 @@ def test_good_backbones_pass(tiny_spec: BackboneSpec) -> None:
     check_backbone(make_spec(Body))
     check_backbone(tiny_spec)
     check_backbone(tiny_spec, image_size=48)
+
+
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "resnet18", "timm:convnext_atto"])
+def test_built_in_backbones_pass(name: str) -> None:
+    check_backbone(get_backbone(name), image_size=64)
 
 
 def test_a_backbone_without_parameters_passes() -> None:

@@ -15,7 +15,8 @@ from torchvision import models
 from transferkit.artifacts import load_artifact, save_artifact
 from transferkit.images import Preprocess
 from transferkit.models import Classifier, build_model, get_backbone
-from transferkit.models.torchvision_backbones import torchvision_names
+from transferkit.models.stages import Stage
+from transferkit.models.torchvision_backbones import HEAD_PATHS, torchvision_names
 
 NUM_CLASSES = 3
 MAX_PARAMETERS = 60_000_000
@@ -37,6 +38,12 @@ def image_size(name: str) -> int:
 
 
 LARGE = [name for name in torchvision_names() if num_parameters(name) > MAX_PARAMETERS]
+SMALLEST = {
+    min((name for name in torchvision_names() if name.startswith(family)), key=num_parameters)
+    for family in HEAD_PATHS
+}
+"""The smallest network of each family."""
+
 ALL = [
     pytest.param(name, marks=pytest.mark.slow if name in LARGE else ())
     for name in torchvision_names()
@@ -89,24 +96,38 @@ def test_no_part_of_the_old_head_is_left(model: Classifier) -> None:
     assert num_parameters(model.backbone_name) - own == num_head_parameters(model)
 
 
-def test_frozen_backbone_is_byte_identical_after_a_step(model: Classifier) -> None:
-    before = {name: value.clone() for name, value in model.backbone.state_dict().items()}
-    head_bias = model.head.bias.detach().clone()
+def take_steps(model: Classifier) -> None:
+    """Train for two steps; before the second somebody puts the whole backbone into training."""
     images = make_images(model.backbone_name)
-    optimizer = torch.optim.SGD(model.trainable_parameters(), lr=1.0)
+    optimizer = torch.optim.SGD(
+        model.trainable_parameters(), lr=1e-3, momentum=0.9, weight_decay=0.1
+    )
     disturb: tuple[Callable[[], object], ...] = (model.train, model.backbone.train)
     for act in disturb:
         act()
         loss = nn.functional.cross_entropy(model(images), torch.tensor([0, 1]))
-        assert model.training
-        assert not any(module.training for module in model.backbone.modules())
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
+    assert model.training
     model.eval()
-    assert not torch.equal(model.head.bias, head_bias)
-    for name, value in model.backbone.state_dict().items():
-        assert torch.equal(value, before[name]), name
+
+
+def test_frozen_backbone_is_byte_identical_after_training(model: Classifier) -> None:
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    take_steps(model)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]) is name.startswith("backbone."), name
+
+
+def test_stages_share_out_the_parameters(model: Classifier) -> None:
+    check_stages(model.backbone, model.stages)
+
+
+def check_stages(network: nn.Module, stages: tuple[Stage, ...]) -> None:
+    assert len(stages) >= 4
+    for name, _ in network.named_parameters():
+        assert sum(stage.holds(name) for stage in stages) == 1, name
 
 
 def test_artifact_gives_the_same_logits(model: Classifier, tmp_path: Path) -> None:
@@ -130,6 +151,25 @@ def test_channels_last_gives_the_same_logits(model: Classifier) -> None:
         found = model(images.to(memory_format=torch.channels_last))
     scale = float(expected.abs().max())
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * scale)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in SMALLEST - set(LARGE) else pytest.mark.slow)
+        for name in torchvision_names()
+    ],
+)
+def test_stages_up_to_the_middle_are_byte_identical_after_training(name: str) -> None:
+    model = make_model(name)
+    place = len(model.stages) // 2
+    model.freeze(f"until:{model.stages[place - 1].name}")
+    before = {name: value.clone() for name, value in model.backbone.state_dict().items()}
+    take_steps(model)
+    after = model.backbone.state_dict()
+    changed = [name for name, value in before.items() if not torch.equal(after[name], value)]
+    for number, stage in enumerate(model.stages):
+        assert any(map(stage.holds, changed)) is (number >= place), stage.name
 
 
 class WithoutMemory(TorchFunctionMode):
@@ -158,3 +198,4 @@ def test_large_networks_have_their_head_where_the_spec_says(name: str) -> None:
     with torch.inference_mode():
         features = network.to("meta").eval()(torch.empty(2, 3, size, size, device="meta"))
     assert features.shape == (2, num_features)
+    check_stages(network, get_backbone(name).find_stages(network))

@@ -406,5 +406,11 @@ def test_batch_size_is_tried_where_that_pays(monkeypatch: pytest.MonkeyPatch) ->
     assert choose_batch_size(engine, shape, num_images=10, device=cuda) == 8
 
 
+def test_batch_size_of_few_images_in_openvino() -> None:
+    pytest.importorskip("openvino")
+    engine = make_engine(make_network(), engine="openvino", device=CPU)
+    assert choose_batch_size(engine, (3, 12, 12), num_images=1999, device=CPU) == 8
+
+
 def test_batch_sizes_are_multiples_of_the_first() -> None:
     assert all(size % engines.BATCH_SIZES[0] == 0 for size in engines.BATCH_SIZES)

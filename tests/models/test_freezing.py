@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
+import re
 from collections import OrderedDict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +19,6 @@ from torchvision.ops import StochasticDepth
 
 from transferkit.errors import FreezeError, UnknownNameError
 from transferkit.models import BackboneSpec, Classifier, FreezePlan, build_model
-from transferkit.models.freezing import find_pinned
 
 MODES = st.sampled_from(["frozen", "train", "adapt", "fixed"])
 PATTERNS = st.lists(st.text(min_size=1), min_size=1, max_size=4).map(tuple)
@@ -506,43 +508,6 @@ def test_any_set_of_parameters_has_a_plan(chosen: set[str]) -> None:
     assert FreezePlan.from_dict(model.freeze_plan.to_dict()) == model.freeze_plan
 
 
-# Pinning
-
-
-def test_topmost_frozen_modules_are_pinned() -> None:
-    model = nn.Sequential(
-        nn.Sequential(nn.Linear(2, 2), nn.Dropout(), nn.Sequential(nn.Linear(2, 2))),
-        nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)),
-        nn.Linear(2, 2),
-    )
-    frozen = {name for name, _ in model.named_parameters() if name.startswith(("0.", "1.1."))}
-    assert find_pinned(model, frozen) == ["0", "1.1"]
-    assert find_pinned(model, frozen - {"0.2.0.bias"}) == ["0.0", "1.1"]
-    assert find_pinned(model, set()) == []
-
-
-def test_modules_without_parameters_are_pinned_with_their_stage(tiny_spec: BackboneSpec) -> None:
-    model = build_model(tiny_spec, 2, weights=None)
-    frozen = FreezePlan.parse("until:layer1").frozen_names(model, model.stages)
-    names = ["conv1", "bn1", "layer1"]
-    assert find_pinned(model, frozen) == ["backbone"]
-    first = FreezePlan.parse("until:conv1").frozen_names(model, model.stages)
-    assert find_pinned(model, first, model.stages) == ["backbone.conv1", "backbone.bn1"]
-    last = frozen - first
-    assert find_pinned(model, last) == ["backbone.layer1"]
-    assert find_pinned(model, last, model.stages) == [
-        f"backbone.{name}" for name in (*names[2:], "drop", "fc")
-    ]
-    part = last - {"backbone.layer1.0.bias"}
-    assert find_pinned(model, part, model.stages) == ["backbone.layer1.1"]
-
-
-def test_module_that_shares_its_parameters_is_pinned_with_them() -> None:
-    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False), nn.Linear(2, 2))
-    model[1].weight = model[0].weight
-    assert find_pinned(model, {"0.weight"}) == ["0", "1"]
-
-
 # What frozen means
 
 
@@ -772,3 +737,29 @@ def test_freezing_drops_gradients(tiny_spec: BackboneSpec) -> None:
     model.freeze("backbone")
     assert all(each.grad is None for each in model.backbone.parameters())
     assert model.head.weight.grad is not None
+
+
+# The page
+
+PAGE = Path(__file__).parents[2] / "docs" / "freezing.md"
+
+
+def test_examples_on_the_page_print_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    class Toolkit:
+        FreezePlan = FreezePlan
+        build_model = staticmethod(functools.partial(build_model, weights=None))
+
+    names = {"tk": Toolkit, "torch": torch, "images": torch.rand(4, 3, 224, 224)}
+    blocks = re.findall(
+        r"```python\n(.*?)```(\n\n```text\n(.*?)```)?", PAGE.read_text("utf-8"), re.S
+    )
+    for code, _, output in blocks:
+        exec(code, names)
+        assert capsys.readouterr().out.rstrip() == output.rstrip()
+    assert len(blocks) == 11
+
+
+def test_messages_on_the_page_are_those_of_the_code() -> None:
+    with pytest.raises(FreezeError) as error:
+        build_model("resnet18", 2, weights=None, freeze="backbone.layer1")
+    assert f"```text\n{error.value}\n```" in PAGE.read_text("utf-8")

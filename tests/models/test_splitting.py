@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -309,6 +308,17 @@ def test_course_that_differs_in_training_is_not_cut() -> None:
     assert cut(Dropping().eval(), 2, 1) is None
 
 
+def test_more_outputs_in_training_are_not_cut() -> None:
+    class Aiding(Chain):
+        def forward(self, inputs: Tensor) -> Any:
+            early = self.one(inputs)
+            outputs = self.three(self.two(early))
+            return (outputs, early) if self.training else outputs
+
+    assert cut(Aiding().train(), 2, 1) is None
+    assert cut(Aiding().eval(), 2, 1) is None
+
+
 def test_noise_in_every_mode_is_not_cut() -> None:
     class Dropping(Chain):
         def between(self, values: Tensor) -> Tensor:
@@ -467,75 +477,7 @@ def test_frozen_stage_that_runs_again_later_is_in_both_parts() -> None:
         check_cut(Again(), number)
 
 
-# What is inert
-
-
-@pytest.mark.parametrize(
-    ("freeze", "bn", "number"),
-    [
-        ("none", "frozen", 0),
-        ("none", "fixed", 0),
-        ("until:conv1", "frozen", 1),
-        ("until:conv1", "fixed", 1),
-        ("until:conv1", "adapt", 0),
-        ("until:conv1", "train", 0),
-        ("until:layer1", "frozen", 2),
-        ("backbone", "frozen", 2),
-        ("backbone", "adapt", 0),
-        ("*", "frozen", 2),
-        ("head.*", "frozen", 0),
-        ("backbone.layer1.*", "frozen", 0),
-        ("backbone.conv1.*", "frozen", 0),
-        (["backbone.conv1.*", "backbone.bn1.weight"], "frozen", 0),
-        (["backbone.conv1.*", "backbone.bn1.*"], "frozen", 1),
-        (["backbone.conv1.*", "backbone.bn1.*", "backbone.layer1.0.*"], "frozen", 1),
-    ],
-)
-def test_stages_are_inert_where_all_of_them_is_frozen_and_still(
-    tiny_spec: BackboneSpec, freeze: Any, bn: Any, number: int
-) -> None:
-    model = build_model(tiny_spec, 2, weights=None, freeze=freeze, bn=bn)
-    assert model.num_inert_stages == number
-
-
-@pytest.mark.parametrize("bn", ["adapt", "train"])
-def test_stages_without_batchnorm_are_inert_whatever_it_does(bn: Any) -> None:
-    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.LayerNorm(4), nn.Linear(4, 4))
-    network.append(nn.BatchNorm1d(4))
-    model = build_model(network, 2, num_features=4, freeze="backbone", bn=bn)
-    assert [stage.name for stage in model.stages] == ["1", "3"]
-    assert model.num_inert_stages == 1
-
-
-def test_batchnorm_without_statistics_is_never_inert() -> None:
-    network = nn.Sequential(
-        nn.Flatten(),
-        nn.Linear(12, 4),
-        nn.Linear(4, 4),
-        nn.BatchNorm1d(4, track_running_stats=False),
-    )
-    model = build_model(network, 2, num_features=4, freeze="backbone")
-    assert model.num_inert_stages == 1
-
-
-def test_parameters_that_somebody_else_stopped_are_not_inert(tiny_spec: BackboneSpec) -> None:
-    model = build_model(tiny_spec, 2, weights=None)
-    model.backbone.requires_grad_(False)  # Its BatchNorm and dropout go on.
-    assert model.is_backbone_frozen
-    assert model.num_inert_stages == 0
-    assert model.split() is None
-
-
-def test_parameters_that_somebody_else_lets_train_are_not_inert(tiny_spec: BackboneSpec) -> None:
-    model = build_model(tiny_spec, 2, weights=None, freeze="backbone")
-    model.backbone.get_parameter("layer1.0.bias").requires_grad_(True)
-    assert model.num_inert_stages == 1
-
-
-def test_head_module_does_not_make_a_module_of_that_name_inert() -> None:
-    network = nn.Sequential(OrderedDict(head=nn.Linear(4, 4)))
-    model = build_model(network, 2, num_features=4, freeze="head.*")
-    assert model.num_inert_stages == 0
+# Backbones without stages
 
 
 class Bare(nn.Module):

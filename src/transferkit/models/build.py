@@ -110,12 +110,14 @@ def build_model(
             head=head,
             stages=spec.find_stages(network),
         )
+        plan = FreezePlan.parse(freeze, bn=bn, model=model, stages=model.stages)
+        plan.frozen_names(model, model.stages)  # A wrong name shows before weights are loaded.
         model.pretrained_head = _load_weights(model, spec, weights, own_network=own_network)
         if wanted.num_channels != spec.preprocess.num_channels:
             adapt_channels(
                 model.backbone, wanted.num_channels, preprocess=spec.preprocess, name=spec.name
             )
-    return model.freeze(freeze, bn=bn).train()
+    return model.freeze(plan).train()
 
 
 def _resolve_spec(

@@ -8,29 +8,17 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import Self
 
 from transferkit._checks import check_integer
 from transferkit.data.loader import DEFAULT_MAX_SKIPPED, OnError
 from transferkit.errors import BackboneError, ConfigError, FreezeError
 from transferkit.images import Preprocess
-from transferkit.models.freezing import (
-    BatchNormMode,
-    Freeze,
-    FreezePlan,
-    find_pinned,
-    is_batch_norm,
-    pin,
-)
+from transferkit.models.freezing import BatchNormMode, Freeze, FreezePlan, is_batch_norm
 from transferkit.models.heads import HeadSpec
+from transferkit.models.pinning import count_inert_stages, find_pinned, is_inert, keep_pinned
 from transferkit.models.pretrained_head import PretrainedHead
-from transferkit.models.splitting import (
-    Split,
-    count_inert_stages,
-    is_inert,
-    split_backbone,
-)
+from transferkit.models.splitting import Split, split_backbone
 from transferkit.models.stages import Stage
 
 if TYPE_CHECKING:
@@ -203,17 +191,7 @@ class Classifier(nn.Module):
     def _pin(self) -> None:
         # Also before each forward pass: `model.backbone.train()` goes round our `train`.
         bn = self.freeze_plan.bn if self.training else "frozen"
-        for name in self._pinned:
-            module = self.get_submodule(name)
-            if any(
-                layer.training != (bn in ("adapt", "train") and isinstance(layer, _BatchNorm))
-                for layer in module.modules()
-            ):
-                pin(module, bn)
-        if bn == "fixed":
-            for layer in self.backbone.modules():
-                if isinstance(layer, _BatchNorm):
-                    layer.training = False  # Not `eval()`: a layer may hold others.
+        keep_pinned(self, self.backbone, self._pinned, bn)
 
     @property
     def num_inert_stages(self) -> int:

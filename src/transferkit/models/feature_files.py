@@ -130,7 +130,8 @@ def _write_safetensors(path: Path, arrays: Mapping[str, Tensor], texts: Texts) -
 def _read_npz(
     path: Path, arrays: Sequence[str], texts: Sequence[str]
 ) -> tuple[dict[str, Tensor], dict[str, tuple[str, ...]]]:
-    with np.load(path, allow_pickle=False) as file:
+    # Given a path, NumPy would leave a damaged file open.
+    with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
         tensors = {name: torch.from_numpy(file[name]) for name in arrays}
         return tensors, {name: tuple(file[name].astype(np.str_).tolist()) for name in texts}
 

@@ -18,7 +18,7 @@ from transferkit.data import ImageDataset, ImageLoader, SkippedFile, load_folder
 from transferkit.data.folders import find_images
 from transferkit.data.loader import DEFAULT_MAX_SKIPPED, OnError, num_cores, resolve_num_workers
 from transferkit.data.scan import is_folder_there, subfolder_names
-from transferkit.errors import DataError
+from transferkit.errors import ConfigError, DataError
 from transferkit.images import decode_image
 from transferkit.models.classifier import Classifier
 from transferkit.models.engines import (
@@ -209,7 +209,7 @@ def extract_features(
         engine: What computes them: "pytorch", or "openvino" where that extra is installed.
         precision: "float32", or "bfloat16" where the processor has it.
         batch_size: Pictures in a batch; "auto" takes the size that is fastest on this
-            machine where there are many pictures, else 32.
+            machine where there are many pictures, else 32, or 8 in OpenVINO.
         num_workers: Threads or processes that read pictures; 0 reads in the calling thread,
             "auto" takes one where the CPU computes features, and up to 4 beside a GPU.
         on_error: "raise" ends at a picture that cannot be read, "skip" leaves it out.
@@ -235,8 +235,7 @@ def extract_features(
         >>> extract_features(model, folder, verbose=False).class_names
         ('blue', 'red')
     """
-    if batch_size != "auto":
-        batch_size = check_integer("batch_size", batch_size, minimum=1)
+    _check_batch_size(batch_size)
     dataset, is_labelled = _find_pictures(data)
     if dataset.decode is decode_image:
         dataset = dataset.with_decode(model.preprocess.decode)
@@ -249,7 +248,8 @@ def extract_features(
     if batch_size == "auto":
         size = model.preprocess.crop_size
         shape = (model.preprocess.num_channels, size, size)
-        batch_size = choose_batch_size(runner, shape, num_images=len(dataset), device=device)
+        with buffers_kept():  # As in the pass itself.
+            batch_size = choose_batch_size(runner, shape, num_images=len(dataset), device=device)
     loader = ImageLoader(
         dataset,
         model.preprocess.eval(),
@@ -263,6 +263,16 @@ def extract_features(
     if is_labelled:
         return features
     return replace(features, targets=torch.full_like(features.targets, NO_LABEL), class_names=())
+
+
+def _check_batch_size(batch_size: object) -> None:
+    if batch_size != "auto":
+        try:
+            check_integer("batch_size", batch_size, minimum=1)
+        except ConfigError:
+            raise ConfigError(
+                f'`batch_size` should be "auto" or an integer of at least 1, found {batch_size!r}.'
+            ) from None
 
 
 def _find_pictures(data: ImageDataset | str | os.PathLike[str]) -> tuple[ImageDataset, bool]:

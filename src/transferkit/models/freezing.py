@@ -1,4 +1,4 @@
-"""Freezing: which parameters do not train, as data, and what that means for their modules."""
+"""Freezing: which parameters do not train, as data."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from transferkit.errors import FreezeError
 from transferkit.models.names import (
-    BACKBONE,
     backbone_names,
     beginnings,
     match_names,
     names_in,
     parameter_names,
 )
+from transferkit.models.pinning import find_pinned
 from transferkit.models.stages import Stage, find_stage
 
 BatchNormMode: TypeAlias = Literal["frozen", "train", "adapt", "fixed"]
@@ -308,43 +308,3 @@ def _words(what: Freeze) -> str:
 def is_batch_norm(name: str, model: nn.Module) -> bool:
     """Tell whether a parameter, by its name, is the weight or bias of a BatchNorm layer."""
     return isinstance(model.get_submodule(name.rpartition(".")[0]), _BatchNorm)
-
-
-def find_pinned(model: nn.Module, frozen: set[str], stages: Sequence[Stage] = ()) -> list[str]:
-    """Return the topmost modules whose parameters are all frozen, by name.
-
-    Args:
-        model: The model; its root is never among them.
-        frozen: The names of the frozen parameters.
-        stages: The stages of its backbone. Where all parameters of a stage are frozen, its
-            modules without parameters are pinned too.
-
-    Returns:
-        Module names, none of which lies within another.
-    """
-    names = parameter_names(model)
-    silent = {
-        f"{BACKBONE}{module}"
-        for stage in stages
-        if (own := names_in(names, [stage])) and own <= frozen
-        for module in stage.modules
-    }
-    # By identity: a parameter that two modules share has one name only.
-    held = {id(parameter) for name, parameter in model.named_parameters() if name in frozen}
-    pinned: list[str] = []
-    for name, module in model.named_modules():
-        parameters = [id(parameter) for parameter in module.parameters()]
-        inside = any(name.startswith(f"{outer}.") for outer in pinned)
-        is_frozen = held.issuperset(parameters) if parameters else name in silent
-        if name and not inside and is_frozen:
-            pinned.append(name)
-    return pinned
-
-
-def pin(module: nn.Module, bn: BatchNormMode) -> None:
-    """Put a frozen module into eval mode, its BatchNorm layers into the mode that `bn` says."""
-    module.eval()
-    if bn in ("adapt", "train"):
-        for layer in module.modules():
-            if isinstance(layer, _BatchNorm):
-                layer.training = True  # Not `train()`: a layer may hold others, such as dropout.

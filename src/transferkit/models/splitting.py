@@ -8,11 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from transferkit.models.freezing import BatchNormMode
 from transferkit.models.modes import evaluating, modes_kept
-from transferkit.models.names import BACKBONE
 from transferkit.models.stages import Stage
 
 _TOLERANCE = 1e-4
@@ -77,43 +74,6 @@ def split_backbone(
         if split is not None and _agrees(split, backbone, images):
             return split
     return None
-
-
-def count_inert_stages(
-    backbone: nn.Module, stages: Sequence[Stage], pinned: Sequence[str], bn: BatchNormMode
-) -> int:
-    """Count the leading stages that compute one function of an image while others train.
-
-    All their parameters are frozen, their modules are pinned, and none of them looks at the
-    batch, as BatchNorm does that is not in eval mode or has no statistics of its own.
-
-    Args:
-        backbone: The network.
-        stages: Its stages.
-        pinned: The names of the classifier's modules that are pinned, see `find_pinned`.
-        bn: What pinned BatchNorm layers do.
-
-    Returns:
-        The number.
-    """
-    for number, stage in enumerate(stages):
-        if any(backbone.get_parameter(path).requires_grad for path in stage.parameters):
-            return number
-        for path in stage.modules:
-            is_pinned = any(f"{BACKBONE}{path}.".startswith(f"{outer}.") for outer in pinned)
-            if not (is_pinned and is_inert(backbone.get_submodule(path), bn)):
-                return number
-    return len(stages)
-
-
-def is_inert(module: nn.Module, bn: BatchNormMode) -> bool:
-    """Tell whether a pinned module neither trains nor looks at the batch."""
-    if any(parameter.requires_grad for parameter in module.parameters()):
-        return False
-    return not any(
-        isinstance(layer, _BatchNorm) and (bn in ("adapt", "train") or layer.running_mean is None)
-        for layer in module.modules()
-    )
 
 
 class _OutlineTracer(fx.Tracer):
