@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
@@ -13,9 +14,12 @@ from transferkit.errors import ConfigError, DataError
 from transferkit.plots.axes import AxesArray
 from transferkit.training import FitPlan, History
 
+_MAX_CHARACTERS = 70
+"""So many of a phase's name go into one line that is as wide as the Axes of a new figure."""
+
 
 def plot_history(history: History, *, axes: Sequence[Axes] | AxesArray | None = None) -> AxesArray:
-    """Draw loss and accuracy of both phases over the epochs, the best epoch marked.
+    """Draw loss and accuracy of both passes over the epochs, the best epoch marked.
 
     Args:
         history: At least one record.
@@ -35,8 +39,8 @@ def plot_history(history: History, *, axes: Sequence[Axes] | AxesArray | None = 
         raise ConfigError(f"`axes` should be two Axes, for loss and accuracy, found {len(axes)}.")
     epochs = history.column("epoch")
     for ax, name in zip(axes, ("loss", "accuracy"), strict=True):
-        for phase, style in (("train", "--"), ("val", "-")):
-            ax.plot(epochs, history.column(f"{phase}_{name}"), style, marker=".", label=phase)
+        for split, style in (("train", "--"), ("val", "-")):
+            ax.plot(epochs, history.column(f"{split}_{name}"), style, marker=".", label=split)
         ax.axvline(best.epoch, color="gray", linewidth=0.8, linestyle=":", label="best epoch")
         ax.set_xlabel("epoch")
         ax.set_ylabel(name)
@@ -48,8 +52,9 @@ def plot_history(history: History, *, axes: Sequence[Axes] | AxesArray | None = 
 def plot_plan(plan: FitPlan, *, ax: Axes | None = None) -> Axes:
     """Draw the learning rate of each parameter group over the epochs of a fit.
 
-    The rates stand on a logarithmic scale. A line marks where a phase begins, with its name;
-    a phase that a solver takes over has none.
+    The rates stand on a logarithmic scale. A line marks where a phase begins, with its name
+    above, which is wrapped or turned where the phase is short; a phase that a solver takes
+    over has no rates.
 
     Args:
         plan: What `trainer.plan()` returned.
@@ -66,6 +71,7 @@ def plot_plan(plan: FitPlan, *, ax: Axes | None = None) -> Axes:
     if ax is None:
         _, ax = plt.subplots(figsize=(7, 3.4), layout="constrained")
     names = list(dict.fromkeys(name for phase in plan.phases for name in phase.lrs))
+    num_epochs = sum(phase.num_epochs for phase in plan.phases)
     shades = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(names)))
     for phase in plan.phases:
         start = phase.first_epoch - 1
@@ -75,19 +81,29 @@ def plot_plan(plan: FitPlan, *, ax: Axes | None = None) -> Axes:
             shown = np.where(np.asarray(rates) > 0, rates, np.nan)
             ax.plot(epochs, shown, color=shades[names.index(name)], label=name)
         ax.axvline(start, color="gray", linewidth=0.8, linestyle=":")
-        ax.annotate(
-            phase.name,
-            (start, 1),
-            xycoords=("data", "axes fraction"),
-            xytext=(3, 3),
-            textcoords="offset points",
-            fontsize=8,
-            parse_math=False,
+        _write_name(
+            ax, phase.name, start, width=max(1, _MAX_CHARACTERS * phase.num_epochs // num_epochs)
         )
     ax.set(xlabel="epoch", ylabel="learning rate", yscale="log")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     handles, labels = ax.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     ax.legend(
         list(unique.values()), list(unique), fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5)
     )
     return ax
+
+
+def _write_name(ax: Axes, name: str, start: int, *, width: int) -> None:
+    """Write a phase's name above its start, in lines of so many characters if its words fit."""
+    fits = all(len(word) <= width for word in name.split())
+    ax.annotate(
+        textwrap.fill(name, width) if fits else name,
+        (start, 1),
+        xycoords=("data", "axes fraction"),
+        xytext=(3, 3),
+        textcoords="offset points",
+        fontsize=8,
+        rotation=0 if fits else 90,
+        parse_math=False,
+    )

@@ -18,12 +18,10 @@ from transferkit.errors import ConfigError, DataError, FeatureError
 from transferkit.images import Augmentation
 from transferkit.models import Classifier
 from transferkit.models.engines import (
-    DEFAULT_BATCH_SIZE,
-    NUM_WORTH_TUNING,
     Engine,
     EngineName,
     Precision,
-    find_batch_size,
+    choose_batch_size,
     make_engine,
 )
 from transferkit.models.modes import evaluating
@@ -396,10 +394,10 @@ class CachedFeed:
             shape = (self._model.preprocess.num_channels, size, size)
             if settings.batch_size != "auto":
                 self._batch_size = int(settings.batch_size)
-            elif device.type == "cpu" and len(self._data["train"]) < NUM_WORTH_TUNING:
-                self._batch_size = DEFAULT_BATCH_SIZE
             else:
-                self._batch_size = find_batch_size(self._engine, shape)
+                self._batch_size = choose_batch_size(
+                    self._engine, shape, num_images=len(self._data["train"]), device=device
+                )
         return self._engine
 
     def _key(self, split: str, number: int) -> dict[str, Any]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,15 @@ def view_key(
         "view": view,
         "engine": dict(engine),
         "device": next(model.parameters()).device.type,
-        "versions": {name: version(name) for name in _PACKAGES},
+        "versions": _versions(),
     }
+
+
+def _versions() -> dict[str, str]:
+    found = {name: version(name) for name in _PACKAGES}
+    with suppress(PackageNotFoundError):  # It may have built the backbone.
+        found["timm"] = version("timm")
+    return found
 
 
 def pictures_digest(dataset: ImageDataset, preprocess: Preprocess) -> str:
