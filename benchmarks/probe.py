@@ -155,7 +155,7 @@ def measure(side: str, root: Path, *, epochs: int, seed: int) -> dict[str, float
 
     def watch() -> None:
         nonlocal peak
-        while not ended.wait(0.1):
+        while not ended.wait(0.5):
             peak = max(peak, held_bytes(child.pid))
 
     watcher = threading.Thread(target=watch)

@@ -137,6 +137,13 @@ def test_options_of_the_cache_reach_the_trainer(
     assert len(list(folder.iterdir())) == 3
 
 
+def test_fine_tuning_freezes_nothing_unasked(train: Run, tiny_folder: Path, tmp_path: Path) -> None:
+    assert train(tiny_folder, "--recipe", "finetune") == 0
+    assert settings_of(tmp_path)["freeze_plan"]["patterns"] == []
+    assert train(tiny_folder, "--recipe", "tutorial") == 0
+    assert settings_of(tmp_path)["freeze_plan"]["patterns"] == ["backbone.*"]
+
+
 def test_views_by_the_epoch_and_no_cache(train: Run, tiny_folder: Path, tmp_path: Path) -> None:
     assert train(tiny_folder, "--views", "epochs") == 0
     assert settings_of(tmp_path)["features"]["probe"]["views"] == "epochs"

@@ -325,6 +325,15 @@ def test_plot_plan_draws_the_rates_of_each_group() -> None:
     assert ax.get_yscale() == "log"
 
 
+def test_plot_plan_wraps_or_turns_long_names() -> None:
+    rates = {"head": (0.1,) * 4}
+    names = ["a b", *("two words" for _ in range(8)), "unbreakable_name"]
+    plan = fit_plan(*(phase_plan(name, 2 * n + 1, rates) for n, name in enumerate(names)))
+    texts = plot_plan(plan).texts  # 7 characters for each of 10 phases
+    assert [text.get_text() for text in texts] == ["a b", *["two\nwords"] * 8, "unbreakable_name"]
+    assert [text.get_rotation() for text in texts] == [0] * 9 + [90]
+
+
 def test_plot_plan_takes_axes() -> None:
     _, ax = plt.subplots()
     assert plot_plan(fit_plan(phase_plan("head", 1, {"head": (0.1,) * 4})), ax=ax) is ax

@@ -284,7 +284,7 @@ def test_where_nothing_can_be_cached_it_says_so(
     assert features == {"cached": False, "reason": reason}
     message = (
         f"Features cannot be cached, as `cache` wants it: {reason}. "
-        f'Leave `cache` out, or freeze more, such as freeze="backbone".'
+        f"Leave `cache` out to have them computed live."
     )
     for cache in (True, FeatureCache()):
         with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):

@@ -139,6 +139,29 @@ def test_recipes_run(recipe: str, make: Make, tiny_splits: ImageSplits) -> None:
         assert not trainer.model.freeze_plan.freezes
 
 
+def test_the_recipe_for_probing_freezes_the_backbone(make: Make) -> None:
+    trainer = make(recipe="probe")
+    before = state(trainer.model.backbone)
+    trainer.fit(1)
+    assert changed(before, state(trainer.model.backbone)) == set()
+    assert trainer.model.is_backbone_frozen
+
+
+def test_the_recipe_for_probing_keeps_what_else_is_frozen(make: Make) -> None:
+    trainer = make(recipe="probe", freeze=["backbone.*", "head.bias"])
+    trainer.fit(1)
+    assert trainer.model.num_trainable_parameters == 32
+
+
+def test_fine_tuning_a_frozen_backbone_is_an_error(make: Make) -> None:
+    message = (
+        "The recipe `finetune` trains the backbone, all of which is frozen. Build the model with "
+        'freeze="none", or take recipe="probe".'
+    )
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        make(recipe="finetune", freeze="backbone")
+
+
 def test_epochs_and_phases_are_one_too_many(make: Make) -> None:
     message = (
         "`epochs` is 3 and `phases` are given, which have epochs of their own. "

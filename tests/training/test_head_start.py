@@ -61,7 +61,12 @@ def test_rows_of_the_pretrained_classifier(make: Make, capsys: pytest.CaptureFix
 
 
 def test_a_name_that_fits_no_row_is_an_error_at_the_door(make: Make) -> None:
-    with pytest.raises(ConfigError, match=r"^The name 'blue' fits none of the 3 names of the "):
+    message = (
+        "The name 'blue' fits none of the 3 names of the pretrained classifier. The closest are "
+        "'sky blue'. Say what the class is called there, by a name or an index: "
+        "head_start={'blue': 'sky blue'}."
+    )
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         with_pretrained(make, head_start="pretrained")
 
 

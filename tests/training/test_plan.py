@@ -110,6 +110,17 @@ def test_estimates_are_of_the_right_order(options: dict[str, Any], make: Make) -
     assert weights < plan.memory_bytes < 100 * 2**20
 
 
+def test_what_a_phase_left_in_the_cache_is_not_counted_again(make: Make) -> None:
+    phases = [
+        Phase("fast", 3, freeze="backbone", lr=0.1),
+        Phase("slow", 4, lr=0.01),
+        Phase("all", 1, unfreeze="all"),
+        Phase("head again", 1, freeze="backbone"),
+    ]
+    plan = make().plan(phases=phases, measure=False, verbose=False)
+    assert [each.num_feature_images for each in plan.phases] == [3 * 16 + 8, 16, None, 16 + 8]
+
+
 def test_a_plan_without_measuring_has_no_estimate(make: Make) -> None:
     plan = make().plan(measure=False, verbose=False)
     assert (plan.seconds, plan.memory_bytes) == (None, None)
@@ -128,8 +139,9 @@ def test_the_text_of_a_plan(make: Make, capsys: pytest.CaptureFixture[str]) -> N
         "  trains    34 parameters, 1,440 are frozen (backbone.*, bn=frozen)",
         "  steps     8, 4 in an epoch",
         "  lr        head: 0.05",
-        "  features  of the backbone are cached: 4 augmented views of each training picture, by "
-        "pytorch in float32, 40 pictures in all",
+        "  features  of the backbone, once: 2 augmented views of each training picture, by pytorch "
+        "in float32",
+        "            computed of 40 pictures",
         "all: epochs 3 to 5",
         "  trains    1,474 parameters, 0 are frozen (nothing is frozen, bn=frozen)",
         "  steps     12, 4 in an epoch",
@@ -153,4 +165,4 @@ def test_a_plan_of_a_large_network_at_a_stage(make: Make) -> None:
     model = build_model("resnet18", 2, weights=None, freeze="until:layer3")
     trainer = Trainer(model, make().data, verbose=False, device="cpu", batch_size=2)
     plan: FitPlan = trainer.plan(1, measure=False, verbose=False)
-    assert plan.phases[0].features.startswith("up to layer3 are cached: ")
+    assert plan.phases[0].features.startswith("up to layer3, once: ")

@@ -43,8 +43,8 @@ def add_train(commands: Any) -> None:
         "--freeze",
         action="append",
         metavar="WHAT",
-        help='"backbone" (the default), "none", "until:STAGE", or a glob over parameter names, '
-        "which may be repeated",
+        help='"backbone" (the default, but for --recipe finetune), "none", "until:STAGE", or a '
+        "glob over parameter names, which may be repeated",
     )
     parser.add_argument(
         "--bn",
@@ -234,7 +234,7 @@ def _make_trainer(data: Any, options: argparse.Namespace, cache: Any) -> Any:
     model = tk.build_model(
         options.backbone,
         num_classes=data.num_classes,
-        freeze=_freeze(options.freeze),
+        freeze=_freeze(options.freeze, options.recipe),
         bn=options.bn,
         head=tk.HeadSpec(kind=options.head, dropout=options.dropout),
         weights=None if options.weights == "none" else options.weights,
@@ -294,9 +294,12 @@ def _load(options: argparse.Namespace) -> Any:
     return tk.load_folders(options.data, val=options.val_share, seed=options.seed)
 
 
-def _freeze(values: list[str] | None) -> str | list[str]:
+def _freeze(values: list[str] | None, recipe: str | None) -> str | list[str]:
+    from transferkit.training import RECIPES
+
     if values is None:
-        return "backbone"
+        is_finetuning = recipe in RECIPES and RECIPES[recipe].freeze == "none"
+        return "none" if is_finetuning else "backbone"
     if len(values) == 1:
         return values[0]
     shortcuts = [

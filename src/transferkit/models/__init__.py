@@ -15,8 +15,9 @@ from transferkit.models.heads import HeadSpec
 from transferkit.models.pretrained_head import PretrainedHead
 from transferkit.models.registry import get_backbone, list_backbones, register_backbone
 from transferkit.models.spec import BackboneSpec
+from transferkit.models.splitting import Split
 from transferkit.models.stages import Stage
-from transferkit.models.summary import ModelSummary
+from transferkit.models.summary import ModelSummary, StageSummary
 
 __all__ = [
     "BackboneSpec",
@@ -27,7 +28,9 @@ __all__ = [
     "HeadSpec",
     "ModelSummary",
     "PretrainedHead",
+    "Split",
     "Stage",
+    "StageSummary",
     "build_model",
     "get_backbone",
     "list_backbones",

@@ -63,6 +63,8 @@ def match_class_names(
     class_names: Sequence[str],
     known: Sequence[str],
     mapping: Mapping[str, Fitting] | None = None,
+    *,
+    argument: str = "mapping",
 ) -> dict[str, tuple[int, ...]]:
     """Find for each class the rows of a pretrained classifier that fit it.
 
@@ -75,6 +77,7 @@ def match_class_names(
         known: The names of the pretrained classifier's classes, in the order of its rows.
         mapping: What classes are called there, for those whose name does not say it: a known
             name, the index of a row in [0, K - 1], or several of these.
+        argument: What the caller's argument is called that became `mapping`, for error texts.
 
     Returns:
         For each class the indices of its rows, at least one.
@@ -93,16 +96,16 @@ def match_class_names(
     class_names = _check_names("class_names", class_names)
     known = _check_names("known", known)
     mapping = {} if mapping is None else mapping
-    check_type("mapping", mapping, Mapping, "a mapping from class names, or None")
+    check_type(argument, mapping, Mapping, "a mapping from class names, or None")
     strangers = [key for key in mapping if key not in class_names]
     if strangers:
         close = difflib.get_close_matches(str(strangers[0]), class_names, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ConfigError(
-            f"`mapping` names {strangers[0]!r}, which is none of the {len(class_names)} "
+            f"`{argument}` names {strangers[0]!r}, which is none of the {len(class_names)} "
             f"classes.{hint}"
         )
-    index = _NameIndex(known)
+    index = _NameIndex(known, argument)
     return {
         name: index.by_mapping(mapping[name], owner=name)
         if name in mapping
@@ -148,8 +151,9 @@ def pretrained_rows(
 class _NameIndex:
     """Find rows by what their names come to."""
 
-    def __init__(self, known: Sequence[str]) -> None:
+    def __init__(self, known: Sequence[str], argument: str) -> None:
         self._known = known
+        self._argument = argument
         self._by_plain: dict[str, list[int]] = {}
         self._by_singular: dict[str, list[int]] = {}
         for row, name in enumerate(known):
@@ -165,8 +169,8 @@ class _NameIndex:
         rows = [self._row(part, owner=owner) for part in parts]
         if not rows:
             raise ConfigError(
-                f"`mapping[{owner!r}]` should be a known name, an index or several of these, "
-                f"found {fitting!r}."
+                f"`{self._argument}[{owner!r}]` should be a known name, an index or several of "
+                f"these, found {fitting!r}."
             )
         return tuple(dict.fromkeys(rows))
 
@@ -175,7 +179,7 @@ class _NameIndex:
             return self.by_name(part, owner=owner)
         if not _is_index(part, len(self._known)):
             raise ConfigError(
-                f"`mapping[{owner!r}]` should hold known names or indices in "
+                f"`{self._argument}[{owner!r}]` should hold known names or indices in "
                 f"[0, {len(self._known) - 1}], found {part!r}."
             )
         return int(part)  # type: ignore[call-overload, no-any-return]
@@ -190,7 +194,7 @@ class _NameIndex:
             listed = ", ".join(f"{row} ({self._known[row]!r})" for row in rows)
             raise ConfigError(
                 f"The name {name!r} fits {len(rows)} rows of the pretrained classifier: {listed}. "
-                f"Choose by index: mapping={{{owner!r}: {rows[0]}}}."
+                f"Choose by index: {self._argument}={{{owner!r}: {rows[0]}}}."
             )
         if not rows:
             raise self._unknown(name, owner=owner)
@@ -204,7 +208,7 @@ class _NameIndex:
         return ConfigError(
             f"The name {name!r} fits none of the {len(self._known)} names of the pretrained "
             f"classifier. {hint}Say what the class is called there, by a name or an index: "
-            f"mapping={{{owner!r}: {names[0] if names else 'NAME'!r}}}."
+            f"{self._argument}={{{owner!r}: {names[0] if names else 'NAME'!r}}}."
         )
 
 

@@ -6,6 +6,7 @@ and does not know `inference`.
 
 from transferkit.training.averaging import EMA, SWA
 from transferkit.training.callbacks import Callback, CSVLog, EarlyStopping, EpochLog, ProgressBar
+from transferkit.training.estimates import Estimate
 from transferkit.training.feature_cache import FeatureCache
 from transferkit.training.forward import Criterion
 from transferkit.training.history import EpochRecord, History
@@ -31,6 +32,7 @@ __all__ = [
     "EarlyStopping",
     "EpochLog",
     "EpochRecord",
+    "Estimate",
     "FeatureCache",
     "FitPlan",
     "History",

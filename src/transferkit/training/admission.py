@@ -142,7 +142,7 @@ def _check_cache_fits(job: Job, phases: Sequence[ResolvedPhase]) -> None:
         reasons.append(split)
     raise ConfigError(
         f"Features cannot be cached, as `cache` wants it: {reasons[0]}. "
-        f'Leave `cache` out, or freeze more, such as freeze="backbone".'
+        f"Leave `cache` out to have them computed live."
     )
 
 

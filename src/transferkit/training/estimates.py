@@ -52,7 +52,11 @@ class Estimate:
 
 
 def measure_phase(
-    job: Job, phase: ResolvedPhase, split: Split | str, optimizer: Optimizer | None
+    job: Job,
+    phase: ResolvedPhase,
+    split: Split | str,
+    optimizer: Optimizer | None,
+    num_images: int | None,
 ) -> Estimate:
     """Estimate what a phase costs, by running a few batches of noise.
 
@@ -61,15 +65,16 @@ def measure_phase(
         phase: The phase; the model is frozen as it says.
         split: The parts of the backbone between which features are cached, or why they are not.
         optimizer: The optimizer of the phase, for its state; None where there is none.
+        num_images: How many pictures the cached part will see; None where nothing is cached.
 
     Returns:
         The estimate.
     """
     loading = _seconds_to_load(job)
     with seeded_torch(job.seed, job.device), buffers_kept():
-        if isinstance(split, str):
+        if isinstance(split, str) or num_images is None:
             return _measure_live(job, phase, optimizer, loading)
-        return _measure_cached(job, phase, split, optimizer, loading)
+        return _measure_cached(job, phase, split, optimizer, loading, num_images)
 
 
 def _measure_live(
@@ -88,7 +93,12 @@ def _measure_live(
 
 
 def _measure_cached(
-    job: Job, phase: ResolvedPhase, split: Split, optimizer: Optimizer | None, loading: float
+    job: Job,
+    phase: ResolvedPhase,
+    split: Split,
+    optimizer: Optimizer | None,
+    loading: float,
+    num_images: int,
 ) -> Estimate:
     cache = settings_of(job.cache)
     images = _noise(job, DEFAULT_BATCH_SIZE)
@@ -102,8 +112,8 @@ def _measure_cached(
     inputs = activations.expand(size, *activations.shape[1:]).clone().to(job.device)
     suffix = nn.Sequential(split.suffix, job.model.head)
     step, held = _measure_step(job, suffix, inputs)
-    num_images = len(job.data.train) * job.num_passes(phase) + len(job.data.val)
-    num_stored = len(job.data.val) if cache.views == "epochs" else num_images
+    num_views = 0 if cache.views == "epochs" else len(job.views(phase))
+    num_stored = num_views * len(job.data.train) + len(job.data.val)
     stored = min(cache.memory_bytes, 4 * num_stored * activations.numel())
     num_steps = phase.phase.epochs * len(job.train_loader)
     return Estimate(

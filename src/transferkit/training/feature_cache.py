@@ -100,8 +100,11 @@ class FeatureCache:
         if self.tolerance is not None:
             check_number("tolerance", self.tolerance, lambda value: value > 0, "above 0")
 
-    def describe(self) -> str:
+    def describe(self, epochs: int | None = None) -> str:
         """Say in words what is computed.
+
+        Args:
+            epochs: In so many epochs, which may show fewer views; None for all.
 
         Example:
             >>> FeatureCache().describe()
@@ -109,9 +112,21 @@ class FeatureCache:
         """
         views = "a new augmented view in every epoch"
         if self.views != "epochs":
-            views = f"{self.views} augmented view{'s' if self.views > 1 else ''}"
+            count = self.views if epochs is None else self.num_passes(epochs)
+            views = f"{count} augmented view{'s' if count > 1 else ''}"
         views = views if self.views else "the evaluation view"
         return f"{views} of each training picture, by {self.engine} in {self.precision}"
+
+    def views_of(self, epochs: range) -> frozenset[int]:
+        """Return the numbers of the views that epochs, numbered from 1, show; 0 is evaluation's.
+
+        Example:
+            >>> sorted(FeatureCache(views=3).views_of(range(3, 5)))
+            [1, 3]
+        """
+        if self.views == "epochs":
+            return frozenset(epochs)
+        return frozenset((epoch - 1) % self.views + 1 if self.views else 0 for epoch in epochs)
 
     def num_passes(self, epochs: int) -> int:
         """Return how often the frozen part sees each training picture in so many epochs."""
@@ -191,8 +206,8 @@ class CachedFeed:
 
     def _number(self, epoch: int, repeat: int = 0) -> int:
         """Return the number of the view that an epoch shows; 0 is the evaluation view."""
-        views = int(self._settings.views)
-        return (epoch - 1 + repeat) % views + 1 if views else 0
+        (number,) = self._settings.views_of(range(epoch + repeat, epoch + repeat + 1))
+        return number
 
     def _rows(self, indices: Tensor, repeats: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         """Return activations; a picture that comes again in an epoch comes in its next view."""

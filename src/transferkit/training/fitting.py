@@ -77,12 +77,12 @@ class Job:
         """Tell whether the solver takes the place of the optimizer in a phase."""
         return self.solver == "lbfgs" and trains_head_only(phase)
 
-    def num_passes(self, phase: ResolvedPhase) -> int:
-        """Return how often the frozen part sees each training picture in a phase, if cached."""
+    def views(self, phase: ResolvedPhase) -> frozenset[int]:
+        """Return the numbers of the views of training pictures that a cached phase shows."""
         cache = settings_of(self.cache)
         if cache.views != "epochs" and self.solves(phase):
-            return max(1, cache.views)
-        return cache.num_passes(phase.phase.epochs)
+            return cache.views_of(range(1, max(1, cache.views) + 1))
+        return cache.views_of(phase.epochs)
 
 
 class Fit:

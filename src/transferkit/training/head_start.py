@@ -117,4 +117,6 @@ def _find_rows(
             f'these came without a head. Take head_start="ridge" or None.'
         )
     mapping = start if isinstance(start, Mapping) else None
-    return head, match_class_names(data.class_names, head.class_names, mapping)
+    return head, match_class_names(
+        data.class_names, head.class_names, mapping, argument="head_start"
+    )

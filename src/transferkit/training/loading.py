@@ -98,10 +98,10 @@ class Loading:
             pin_memory=self.device.type == "cuda",
         )
 
-    def phases(
+    def passes(
         self, data: ImageSplits, augmentation: str | Augmentation, *, balanced: bool
     ) -> tuple[ImageLoader, ImageLoader]:
-        """Make the loaders of the training and the validation phase.
+        """Make the loaders of the training and the validation passes.
 
         Args:
             data: The splits.

@@ -6,7 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from numbers import Real
 from typing import Any
 
@@ -29,7 +29,7 @@ _UNFREEZE_WORDS = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Phase:
     """A part of a fit. What is None stays as the recipe, or the phase before, has it.
 
@@ -68,6 +68,7 @@ class Phase:
 
     name: str
     epochs: int
+    _: KW_ONLY
     freeze: str | tuple[str, ...] | FreezePlan | None = None
     unfreeze: str | tuple[str, ...] | float | None = None
     lr: float | None = None

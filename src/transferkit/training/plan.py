@@ -14,7 +14,6 @@ from torch.optim.lr_scheduler import LRScheduler
 from transferkit._device import describe_device
 from transferkit.models import FreezePlan
 from transferkit.training.estimates import Estimate, measure_phase
-from transferkit.training.feature_cache import FeatureCache
 from transferkit.training.feed_choice import find_split, settings_of
 from transferkit.training.history import EpochRecord
 from transferkit.training.phases import ResolvedPhase, count
@@ -99,6 +98,8 @@ class PhasePlan:
             label = "  lr        " if place == 0 else "            "
             yield f"{label}{name}: {_describe_rates(rates)}"
         yield f"  features  {self.features}"
+        if self.num_feature_images is not None:
+            yield f"            computed of {self.num_feature_images:,} pictures"
         if self.estimate is not None:
             yield f"  estimate  {self.estimate}"
 
@@ -169,14 +170,14 @@ def plan_fit(job: Job, phases: Sequence[ResolvedPhase], *, measure: bool) -> Fit
         The plan.
     """
     twin = _copy_job(job)
-    updates = twin.updates()
+    updates, held = twin.updates(), _Held()
     return FitPlan(
         backbone_name=job.model.backbone_name,
         device=describe_device(job.device),
         batch_size=job.recipe.batch_size,
         num_train=len(job.data.train),
         num_val=len(job.data.val),
-        phases=tuple(_plan_phase(twin, each, updates, measure=measure) for each in phases),
+        phases=tuple(_plan_phase(twin, each, updates, held, measure=measure) for each in phases),
     )
 
 
@@ -195,14 +196,40 @@ def _copy_job(job: Job) -> Job:
     )
 
 
-def _plan_phase(job: Job, phase: ResolvedPhase, updates: Updates, *, measure: bool) -> PhasePlan:
+class _Held:
+    """What the cache holds already when a phase begins, from the phases before it."""
+
+    def __init__(self) -> None:
+        self._num_stages: int | None = None
+        self._views: frozenset[int] = frozenset()
+
+    def add(self, job: Job, phase: ResolvedPhase, split: Split | str) -> int | None:
+        """Add what a phase needs; return the number of pictures to compute, None if it is live."""
+        if isinstance(split, str):
+            self._num_stages = None
+            return None
+        num_images = 0
+        if self._num_stages != split.num_stages:
+            self._num_stages, self._views = split.num_stages, frozenset()
+            num_images = len(job.data.val)
+        new = job.views(phase) - self._views
+        self._views |= new
+        return num_images + len(new) * len(job.data.train)
+
+
+def _plan_phase(
+    job: Job, phase: ResolvedPhase, updates: Updates, held: _Held, *, measure: bool
+) -> PhasePlan:
     model = job.model.freeze(phase.freeze_plan).train()
     split = find_split(job, epochs=phase.phase.epochs)
     is_solved = job.solves(phase)
     steps_per_epoch = 0 if is_solved else len(job.train_loader)
     steps, lrs = ((), {}) if is_solved else _trace_rates(updates, phase, steps_per_epoch)
     num_trainable = count(model, phase.trainable)
-    cache = None if isinstance(split, str) else settings_of(job.cache)
+    num_images = held.add(job, phase, split)
+    estimate = None
+    if measure:
+        estimate = measure_phase(job, phase, split, updates.optimizer, num_images)
     return PhasePlan(
         name=phase.phase.name,
         first_epoch=phase.first_epoch,
@@ -213,9 +240,9 @@ def _plan_phase(job: Job, phase: ResolvedPhase, updates: Updates, *, measure: bo
         num_frozen=model.num_parameters - num_trainable,
         steps=steps,
         lrs=lrs,
-        features=_describe_features(job, phase, split, cache),
-        num_feature_images=None if cache is None else _count_images(job, phase),
-        estimate=measure_phase(job, phase, split, updates.optimizer) if measure else None,
+        features=_describe_features(job, phase, split),
+        num_feature_images=num_images,
+        estimate=estimate,
     )
 
 
@@ -253,19 +280,14 @@ def _improving_record(epoch: int) -> EpochRecord:
     )
 
 
-def _count_images(job: Job, phase: ResolvedPhase) -> int:
-    return len(job.data.train) * job.num_passes(phase) + len(job.data.val)
-
-
-def _describe_features(
-    job: Job, phase: ResolvedPhase, split: Split | str, cache: FeatureCache | None
-) -> str:
-    if cache is None or isinstance(split, str):
+def _describe_features(job: Job, phase: ResolvedPhase, split: Split | str) -> str:
+    if isinstance(split, str):
         return f"computed live: {split}"
     stages = job.model.stages
     is_whole = split.num_stages == len(stages)
     part = "of the backbone" if is_whole else f"up to {stages[split.num_stages - 1].name}"
-    return f"{part} are cached: {cache.describe()}, {_count_images(job, phase):,} pictures in all"
+    epochs = None if job.solves(phase) else phase.phase.epochs
+    return f"{part}, once: {settings_of(job.cache).describe(epochs)}"
 
 
 def _describe_freezing(plan: FreezePlan) -> str:

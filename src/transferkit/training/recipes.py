@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from transferkit.errors import unknown_name
 from transferkit.training.phases import Phase
@@ -31,6 +31,9 @@ class Recipe:
             after it.
         phases: The phases of the fit, with the settings above where they have none of their
             own; none means one phase of `epochs` with what is frozen in the model.
+        freeze: What the recipe is for, where it has no phases: "backbone" freezes the backbone
+            if any of it trains, "none" needs a backbone of which something trains, None takes
+            the model as it is.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Recipe:
     augmentation: str = "tutorial"
     stage_lr_factor: float = 1.0
     phases: tuple[Phase, ...] = ()
+    freeze: Literal["backbone", "none"] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain JSON data."""
@@ -71,6 +75,7 @@ RECIPES: MappingProxyType[str, Recipe] = MappingProxyType(
             scheduler="cosine",
             batch_size=16,
             epochs=5,
+            freeze="backbone",
         ),
         "finetune": Recipe(
             name="finetune",
@@ -80,6 +85,7 @@ RECIPES: MappingProxyType[str, Recipe] = MappingProxyType(
             scheduler="warmup_cosine",
             batch_size=16,
             epochs=5,
+            freeze="none",
         ),
         # Kumar et al., Fine-Tuning can Distort Pretrained Features and Underperform
         # Out-of-Distribution, 2022, https://arxiv.org/abs/2202.10054

@@ -60,7 +60,8 @@ from transferkit.training.solving import Solver, check_solver
 class Trainer:
     """Train a classifier on the splits of a job and keep its best epoch.
 
-    Each epoch has a training phase and a validation phase. The best epoch is the one with
+    Each epoch is a pass over the training pictures and one over the validation pictures. The
+    best epoch is the one with
     the highest validation accuracy (of equal ones the lowest validation loss), and its
     weights are in the model when `fit` returns.
 
@@ -247,7 +248,7 @@ class Trainer:
             verbose=verbose,
         )
         augment = augmentation if augmentation is not None else self.recipe.augmentation
-        train_loader, val_loader = loading.phases(data, augment, balanced=balance == "sampler")
+        train_loader, val_loader = loading.passes(data, augment, balanced=balance == "sampler")
         self._job = Job(
             model=model,
             data=data,
@@ -408,7 +409,15 @@ class Trainer:
         num_epochs = check_integer("epochs", wanted, minimum=1)
         if self.recipe.phases:
             return self._resolve(spread_epochs(self.recipe.phases, num_epochs))
-        return self._resolve([Phase(name=self.recipe.name, epochs=num_epochs)])
+        freeze = self.recipe.freeze
+        if freeze == "none" and self.model.is_backbone_frozen:
+            raise ConfigError(
+                f"The recipe `{self.recipe.name}` trains the backbone, all of which is frozen. "
+                f'Build the model with freeze="none", or take recipe="probe".'
+            )
+        if freeze == "none" or self.model.is_backbone_frozen:
+            freeze = None
+        return self._resolve([Phase(self.recipe.name, num_epochs, freeze=freeze)])
 
     def _resolve(self, phases: Sequence[Phase]) -> tuple[ResolvedPhase, ...]:
         resolved = resolve_phases(self.model, phases)
