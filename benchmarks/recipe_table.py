@@ -6,7 +6,8 @@
 Each recipe trains EfficientNet-Lite0 with its own settings from several seeds, with BatchNorm
 statistics fixed where the backbone trains. "val accuracy" is the mean over the seeds of the best
 epoch's, with Wilson's 95 % interval for that share of the validation pictures: two recipes whose
-intervals overlap widely cannot be told apart by them. Seconds are the median of a whole fit,
+intervals overlap widely cannot be told apart by them. The best epoch was picked on these same
+pictures, which flatters all recipes alike. Seconds are the median of a whole fit,
 pictures read, features computed and all.
 """
 

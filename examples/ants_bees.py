@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, help="the folder with train/ and val/")
     parser.add_argument("--backbone", default="auto", help="a name, or auto (the default)")
     parser.add_argument("--scenario", choices=("finetune", "probe", "both"), default="both")
-    parser.add_argument("--recipe", help="tutorial, finetune or probe; default: the scenario's")
+    parser.add_argument("--recipe", choices=("tutorial",), help="default: the scenario's")
     parser.add_argument("--bn", choices=("fixed", "adapt"), default="fixed")
     parser.add_argument("--epochs", type=int, default=3, help="default: 3; the lesson's is 25")
     parser.add_argument("--batch-size", type=int, help="default: the recipe's")

@@ -122,7 +122,7 @@ def test_options_of_head_and_regularizers_reach_the_trainer(
     assert settings["label_smoothing"] == 0.1
     assert settings["l2_sp"] == 0.01
     assert settings["average"] == {"name": "ema", "decay": 0.9}
-    assert settings["wise_ft"]["factor"] in [number / 10 for number in range(11)]
+    assert settings["wise_ft_result"]["factor"] in [number / 10 for number in range(11)]
     assert settings["stage_lr_factor"] == 0.5
 
 
@@ -142,6 +142,15 @@ def test_fine_tuning_freezes_nothing_unasked(train: Run, tiny_folder: Path, tmp_
     assert settings_of(tmp_path)["freeze_plan"]["patterns"] == []
     assert train(tiny_folder, "--recipe", "tutorial") == 0
     assert settings_of(tmp_path)["freeze_plan"]["patterns"] == ["backbone.*"]
+
+
+def test_recipe_and_freeze_that_contradict_each_other(
+    train: Run, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(tiny_folder, "--recipe", "probe", "--freeze", "none") == 1
+    assert capsys.readouterr().err.endswith(
+        "transferkit: error: --recipe probe freezes the backbone, --freeze none does not.\n"
+    )
 
 
 def test_views_by_the_epoch_and_no_cache(train: Run, tiny_folder: Path, tmp_path: Path) -> None:

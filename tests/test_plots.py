@@ -326,7 +326,7 @@ def test_plot_plan_draws_the_rates_of_each_group() -> None:
 
 
 def test_plot_plan_wraps_or_turns_long_names() -> None:
-    rates = {"head": (0.1,) * 4}
+    rates: dict[str, tuple[float, ...]] = {"head": (0.1,) * 4}
     names = ["a b", *("two words" for _ in range(8)), "unbreakable_name"]
     plan = fit_plan(*(phase_plan(name, 2 * n + 1, rates) for n, name in enumerate(names)))
     texts = plot_plan(plan).texts  # 7 characters for each of 10 phases

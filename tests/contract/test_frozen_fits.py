@@ -35,7 +35,7 @@ SMALLEST = {
     "vit": "vit_b_16",
     "wide_resnet": "wide_resnet50_2",
 }
-LARGE = {"alexnet", "maxvit_t", "vgg11", "vit_b_16", "wide_resnet50_2"}
+SLOW = {"maxvit_t"}
 OF_ONE_SIZE = {"maxvit_t", "vit_b_16"}
 
 
@@ -52,7 +52,7 @@ def splits(tmp_path_factory: pytest.TempPathFactory) -> ImageSplits:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.slow] if name in LARGE else [])
+        pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else [])
         for name in [*SMALLEST.values(), "efficientnet_lite0"]
     ],
 )

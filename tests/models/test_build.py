@@ -368,7 +368,7 @@ def test_head_of_the_weights_is_no_part_of_the_state(
     assert "pretrained" not in repr(pretrained)
 
 
-def test_head_of_a_file_is_kept_when_it_has_a_row_for_each_name(
+def test_head_of_a_file_is_kept_without_the_names_of_the_spec(
     named_spec: BackboneSpec, tiny_state: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     path = tmp_path / "weights.pth"
@@ -377,7 +377,8 @@ def test_head_of_a_file_is_kept_when_it_has_a_row_for_each_name(
     head = build_model(named_spec, 2, weights=path).pretrained_head
     assert head is not None
     assert torch.equal(head.bias, tiny_state["fc.bias"])
-    torch.save(tiny_state | {"fc.weight": torch.zeros(7, 16), "fc.bias": torch.zeros(7)}, path)
+    assert head.class_names == tuple(f"class {row}" for row in range(10))
+    torch.save(tiny_state | {"fc.weight": torch.zeros(7, 3), "fc.bias": torch.zeros(7)}, path)
     assert build_model(named_spec, 2, weights=path).pretrained_head is None
 
 

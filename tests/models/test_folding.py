@@ -189,3 +189,35 @@ def test_parts_of_a_network_that_cannot_be_traced_are_folded() -> None:
     assert isinstance(folded.get_submodule("block.1"), nn.Identity)
     for images in (noise(4), -noise(4)):
         assert difference(network, folded, images) < 1e-5
+
+
+def test_layers_that_two_parts_share_are_left_alone() -> None:
+    # Each part by itself would fold them: once too often.
+    class Part(nn.Module):
+        def __init__(self, convolution: nn.Module, batch_norm: nn.Module) -> None:
+            super().__init__()
+            self.convolution, self.batch_norm = convolution, batch_norm
+
+        def forward(self, images: Tensor) -> Tensor:
+            outputs: Tensor = self.batch_norm(self.convolution(images))
+            return outputs
+
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layers = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+            self.first, self.second = Part(*layers), Part(*layers)
+
+        def forward(self, images: Tensor) -> Tensor:
+            if float(images.sum()) > 1e9:  # What a tracer cannot follow.
+                return images
+            outputs: Tensor = self.second(self.first(images))
+            return outputs
+
+    network = Whole().eval()
+    with torch.no_grad():
+        network.first.batch_norm.running_mean += 1  # type: ignore[operator]
+        images = torch.rand(2, 3, 4, 4)
+        expected = network(images)
+        assert fold_batch_norms(network) == 0
+        assert torch.equal(network(images), expected)

@@ -121,6 +121,12 @@ def test_value_that_does_not_fit_is_an_error(options: dict[str, Any], message: s
         HeadSpec(**options)
 
 
+def test_too_many_hidden_layers_are_an_error() -> None:
+    message = "`hidden` should have at most 32 widths, found 33 of them."
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        HeadSpec(kind="mlp", hidden=(4,) * 33)
+
+
 @pytest.mark.parametrize("spec", SPECS)
 def test_head_gives_logits_of_the_right_shape(spec: HeadSpec, features: Tensor) -> None:
     head = build_seeded(spec)

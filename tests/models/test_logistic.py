@@ -186,3 +186,36 @@ def test_cross_validation_of_a_small_data_set_is_fast() -> None:
     begun = time.perf_counter()
     logistic(features, targets, 2)
     assert time.perf_counter() - begun < 5  # A tenth of it on a desk; machines of tests are busy.
+
+
+def test_views_of_one_picture_are_left_out_together() -> None:
+    features, targets = draw(24, 5, 3)
+    groups = torch.arange(24).repeat(4)
+    folds = logistic_module._assign_folds(targets.repeat(4), 5, 0, groups)
+    of_pictures = logistic_module._assign_folds(targets, 5, 0)
+    assert torch.equal(folds, of_pictures.repeat(4))
+    alone = logistic(features, targets, 3)
+    repeated = logistic(features.repeat(4, 1), targets.repeat(4), 3, groups=groups)
+    assert repeated.strength == alone.strength
+    assert torch.allclose(repeated.weight, alone.weight, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        (
+            torch.zeros(3),
+            "`groups` should be an int64 tensor (6,), the picture of each row, found "
+            "torch.float32 (3,).",
+        ),
+        (
+            torch.zeros(6, dtype=torch.int64),
+            "`groups` should name pictures, each of one class: the rows of one of them have "
+            "several targets.",
+        ),
+    ],
+)
+def test_groups_that_are_no_pictures_are_an_error(groups: Tensor, message: str) -> None:
+    features, targets = draw(6, 5, 3)
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        logistic(features, targets, 3, groups=groups)

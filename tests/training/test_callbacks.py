@@ -17,6 +17,7 @@ from transferkit.training import (
     EpochLog,
     EpochRecord,
     History,
+    Phase,
     ProgressBar,
     Trainer,
 )
@@ -90,18 +91,18 @@ def test_verbose_off_is_silent(
 
 
 def waits(values: list[float], **options: Any) -> int:
-    """Return the epoch after which early stopping ends a fit with these values."""
+    """Return the epoch after which early stopping ends a phase with these values."""
     stopping = EarlyStopping(**options)
 
     class Stub:
-        should_stop = False
+        should_stop_phase = False
 
     trainer: Any = Stub()
-    stopping.on_fit_start(trainer, len(values))
+    stopping.on_phase_start(trainer, Phase("all", len(values)))
     key = stopping.monitor
     for epoch, value in enumerate(values, start=1):
         stopping.on_epoch_end(trainer, record(epoch, **{key: value}))
-        if trainer.should_stop:
+        if trainer.should_stop_phase:
             return epoch
     return 0
 

@@ -12,7 +12,16 @@ from torch import nn
 from transferkit.data import ImageLoader, ImageSplits
 from transferkit.errors import ConfigError, FreezeError
 from transferkit.models import BackboneSpec, HeadSpec, build_model, engines
-from transferkit.training import EMA, SWA, Callback, FeatureCache, Phase, Trainer, feature_cache
+from transferkit.training import (
+    EMA,
+    SWA,
+    Callback,
+    EarlyStopping,
+    FeatureCache,
+    Phase,
+    Trainer,
+    cached_feed,
+)
 from transferkit.training.history import EpochRecord
 
 Make = Callable[..., Trainer]
@@ -158,8 +167,50 @@ def test_fine_tuning_a_frozen_backbone_is_an_error(make: Make) -> None:
         "The recipe `finetune` trains the backbone, all of which is frozen. Build the model with "
         'freeze="none", or take recipe="probe".'
     )
+    trainer = make(recipe="finetune", freeze="backbone")
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
-        make(recipe="finetune", freeze="backbone")
+        trainer.fit(1)
+    assert len(trainer.fit(phases=[Phase("all", 1, unfreeze="all")])) == 1
+
+
+@pytest.mark.parametrize("recipe", ["probe_then_finetune", "gradual"])
+def test_a_recipe_that_would_undo_the_freezing_is_an_error(recipe: str, make: Make) -> None:
+    message = (
+        f"A part of the model is frozen, and the recipe `{recipe}` would not keep it so: it "
+        'freezes and unfreezes by itself. Build the model with freeze="none", or say what each '
+        "phase freezes by `fit(phases=[...])`."
+    )
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        make(recipe=recipe, freeze="until:conv1").fit()
+
+
+def test_the_backbone_has_its_own_rate_when_it_is_unfrozen_later(make: Make) -> None:
+    trainer = make(freeze="backbone", scheduler="none")
+    plan = trainer.plan(
+        phases=[Phase("head", 1), Phase("all", 1, unfreeze="all")], measure=False, verbose=False
+    )
+    rates = plan.phases[1].lrs
+    assert rates["head"][0] == 0.01
+    assert rates["layer1"][0] == pytest.approx(0.0003)
+
+
+def test_early_stopping_ends_a_phase_and_not_the_fit(make: Make) -> None:
+    stop = EarlyStopping(monitor="train_loss", patience=1, min_delta=1e9)
+    history = make(callbacks=[stop], recipe="probe_then_finetune").fit(12)
+    assert [record.phase for record in history] == ["probe"] * 2 + ["finetune"] * 2
+    assert history.status == "stopped"
+
+
+def test_a_second_fit_goes_on_from_the_trained_head(make: Make) -> None:
+    trainer = make(freeze="backbone", head_start="ridge", lr=0.05)
+    trainer.fit(3)
+    before = trainer.evaluate("val").loss
+    again = trainer.fit(1)
+    assert again.settings["head_start"] is None
+    started = make(freeze="backbone", head_start="ridge")
+    started.start_head()
+    assert before < started.evaluate("val").loss
+    assert trainer.evaluate("val").loss < started.evaluate("val").loss
 
 
 def test_epochs_and_phases_are_one_too_many(make: Make) -> None:
@@ -239,14 +290,16 @@ def test_what_needs_fine_tuning_is_an_error_without(option: str, make: Make) -> 
         f"`{option}` goes back to the backbone's weights from before the fine-tuning, and in no "
         "phase does the backbone train. Leave it out, or freeze less."
     )
+    trainer = make(freeze="backbone", **{option: True if option == "wise_ft" else 0.1})
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
-        make(freeze="backbone", **{option: True if option == "wise_ft" else 0.1})
+        trainer.fit(1)
+    assert len(trainer.fit(phases=[Phase("all", 1, unfreeze="all")])) == 1
 
 
 def test_wise_ft_picks_between_before_and_after(make: Make) -> None:
     trainer = make(wise_ft=True, lr=0.05)
     history = trainer.fit(phases=TWO_PHASES)
-    report = history.settings["wise_ft"]
+    report = history.settings["wise_ft_result"]
     assert [each["factor"] for each in report["scores"]] == [number / 10 for number in range(11)]
     chosen = next(each for each in report["scores"] if each["factor"] == report["factor"])
     found = trainer.evaluate("val")
@@ -307,8 +360,13 @@ LBFGS_ERRORS: list[tuple[dict[str, Any], str]] = [
         'solver="sgd".',
     ),
     (
-        {"label_smoothing": 0.1, "lr": 0.1},
-        'solver="lbfgs" would ignore `label_smoothing`, `lr`. Leave that out, or take '
+        {"label_smoothing": 0.1, "balance": "weights"},
+        'solver="lbfgs" would ignore `label_smoothing`, `balance`. Leave that out, or take '
+        'solver="sgd".',
+    ),
+    (
+        {"head_start": "ridge", "lr": 0.1, "average": EMA()},
+        'solver="lbfgs" would ignore `head_start`, `lr`, `average`. Leave that out, or take '
         'solver="sgd".',
     ),
     (
@@ -326,7 +384,18 @@ LBFGS_ERRORS: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("options", "message"), LBFGS_ERRORS)
 def test_where_lbfgs_cannot_be_used(options: dict[str, Any], message: str, make: Make) -> None:
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
-        make(**({"freeze": "backbone", "solver": "lbfgs"} | options))
+        make(**({"freeze": "backbone", "solver": "lbfgs"} | options)).fit(1)
+
+
+def test_lbfgs_would_ignore_the_rates_of_a_phase(make: Make) -> None:
+    message = (
+        'solver="lbfgs" takes over the phase `head`, and would ignore its `lr`, `warmup`. Leave '
+        'that out, or take solver="sgd".'
+    )
+    phases = [Phase("head", 2, freeze="backbone", lr=0.1, warmup=0.5), Phase("all", 1)]
+    trainer = make(freeze="backbone", solver="lbfgs")
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        trainer.fit(phases=phases)
 
 
 def test_a_solver_that_is_none_is_an_error(make: Make) -> None:
@@ -352,7 +421,7 @@ def test_phases_share_cached_features(make: Make, monkeypatch: pytest.MonkeyPatc
         made.append(args)
         return engines.make_engine(*args, **options)
 
-    monkeypatch.setattr(feature_cache, "make_engine", make_engine)
+    monkeypatch.setattr(cached_feed, "make_engine", make_engine)
     phases = [
         Phase(name="fast", epochs=2, freeze="backbone", lr=0.1),
         Phase(name="slow", epochs=2, lr=0.01),

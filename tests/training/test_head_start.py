@@ -70,6 +70,14 @@ def test_a_name_that_fits_no_row_is_an_error_at_the_door(make: Make) -> None:
         with_pretrained(make, head_start="pretrained")
 
 
+def test_a_start_without_training(make: Make) -> None:
+    trainer = make(freeze="backbone", head_start="ridge")
+    assert trainer.start_head() == {"start": "ridge", "num_features": 16}
+    assert trainer.evaluate("val").accuracy == 1.0
+    assert len(trainer.history) == 0
+    assert make().start_head() is None
+
+
 def test_a_model_without_pretrained_classifier_is_an_error(make: Make) -> None:
     message = (
         'head_start="pretrained" needs the classifier that `tiny` was trained with, which this '

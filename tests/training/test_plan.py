@@ -9,7 +9,7 @@ import torch
 from torch.optim.lr_scheduler import StepLR
 
 from transferkit.models import build_model
-from transferkit.training import FeatureCache, FitPlan, Phase, Trainer
+from transferkit.training import SWA, FeatureCache, FitPlan, Phase, Trainer
 
 Make = Callable[..., Trainer]
 
@@ -97,6 +97,7 @@ def test_a_solved_phase_has_no_steps(make: Make) -> None:
     trainer = make(freeze="backbone", solver="lbfgs", cache=FeatureCache(views=3))
     (phase,) = trainer.plan(9, verbose=False).phases
     assert (phase.num_steps, phase.lrs, phase.num_feature_images) == (0, {}, 3 * 16 + 8)
+    assert "  solver    lbfgs" in list(phase.lines())
 
 
 @pytest.mark.parametrize("options", [{}, {"freeze": "backbone"}, {"freeze": "until:conv1"}])
@@ -150,6 +151,16 @@ def test_the_text_of_a_plan(make: Make, capsys: pytest.CaptureFixture[str]) -> N
         "            conv1: 0.000714 to 0.005",
         "  features  computed live: the first stage of the backbone trains",
     ]
+
+
+def test_a_plan_names_what_comes_before_and_after(make: Make) -> None:
+    trainer = make(head_start="ridge", wise_ft=True, average=SWA())
+    assert trainer.plan(1, measure=False, verbose=False).notes == (
+        "before: the head is fitted (ridge) to features of 16 pictures, in the first fit",
+        "after each averaged epoch: a pass for BatchNorm's statistics, where they move",
+        "after: 11 passes over 8 validation pictures (WiSE-FT)",
+    )
+    assert make().plan(1, measure=False, verbose=False).notes == ()
 
 
 def test_a_plan_is_json(make: Make) -> None:

@@ -45,6 +45,7 @@ def test_the_tutorial_recipe_is_the_lessons() -> None:
         "augmentation": "tutorial",
         "stage_lr_factor": 1.0,
         "phases": [],
+        "freeze": None,
     }
 
 

@@ -284,7 +284,18 @@ def _run_self_test(
     images, expected = tensors.get(_SELF_TEST_IMAGES), tensors.get(_SELF_TEST_LOGITS)
     if images is None or expected is None:
         raise ArtifactError(f"The artifact `{path}` has no self-test. Save it anew.")
-    found = _self_test_logits(model, images)
+    try:
+        found = _self_test_logits(model, images)
+    except (MemoryError, RuntimeError, TypeError, ValueError) as error:
+        raise ArtifactError(
+            f"The self-test of the artifact `{path}` cannot be run "
+            f"({type(error).__name__}: {(str(error).splitlines() or [''])[0]})."
+        ) from error
+    if found.shape != expected.shape:
+        raise ArtifactError(
+            f"The artifact `{path}` is inconsistent: its self-test has logits of the shape "
+            f"{tuple(expected.shape)}, its model gives {tuple(found.shape)}."
+        )
     difference = (found - expected).abs().max().item()
     limit = SELF_TEST_TOLERANCE * max(1.0, expected.abs().max().item())
     if not (math.isfinite(difference) and difference <= limit):

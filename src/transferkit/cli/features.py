@@ -59,22 +59,31 @@ def add_features(commands: Any) -> None:
         metavar="N",
         help="threads that read pictures (default: %(default)s)",
     )
+    parser.add_argument("--device", default="auto", help="default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print the result as JSON, alone")
     parser.set_defaults(run=run_features)
 
 
 def run_features(options: argparse.Namespace) -> int:
     """Run `transferkit features`."""
+    from transferkit._device import resolve_device
     from transferkit._files import check_writable
+    from transferkit.models.feature_files import check_features_path
 
+    check_features_path(options.out)
     check_writable(options.out)
-    features = _load_model(options).extract_features(
-        options.data,
-        engine=options.engine,
-        precision=options.precision,
-        num_workers=options.workers,
-        on_error=options.on_error,
-        verbose=not options.json,
+    device = resolve_device(options.device)
+    features = (
+        _load_model(options)
+        .to(device)
+        .extract_features(
+            options.data,
+            engine=options.engine,
+            precision=options.precision,
+            num_workers=options.workers,
+            on_error=options.on_error,
+            verbose=not options.json,
+        )
     )
     features.save(options.out)
     count, dim = features.values.shape

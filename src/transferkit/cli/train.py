@@ -213,7 +213,7 @@ def run_train(options: argparse.Namespace) -> int:
     if options.history is not None and options.history.resolve() == options.out.resolve():
         raise ConfigError(f"--out and --history name the same file, `{options.out}`.")
     for path in (options.out, options.history):
-        if path is not None:
+        if path is not None and not options.plan:
             check_writable(path)
     cache = _cache(options)
     data = _load(options)
@@ -297,9 +297,11 @@ def _load(options: argparse.Namespace) -> Any:
 def _freeze(values: list[str] | None, recipe: str | None) -> str | list[str]:
     from transferkit.training import RECIPES
 
+    wanted = RECIPES[recipe].freeze if recipe is not None and recipe in RECIPES else None
     if values is None:
-        is_finetuning = recipe in RECIPES and RECIPES[recipe].freeze == "none"
-        return "none" if is_finetuning else "backbone"
+        return "none" if wanted == "none" else "backbone"
+    if values == ["none"] and wanted == "backbone":
+        raise ConfigError(f"--recipe {recipe} freezes the backbone, --freeze none does not.")
     if len(values) == 1:
         return values[0]
     shortcuts = [

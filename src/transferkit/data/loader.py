@@ -227,6 +227,10 @@ class ImageLoader:
             f"the share of {self.max_skipped:g} that `max_skipped` allows. The first: {first}"
         )
 
+    def forget_skipped(self) -> None:
+        """Forget what was skipped so far: it may have been mended since."""
+        self._failures.clear()
+
     def close(self) -> None:
         """End the workers and forget kept pictures; a later pass starts anew."""
         if self._workers is not None:

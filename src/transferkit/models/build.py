@@ -200,4 +200,5 @@ def _load_weights(
             f"keep random weights with `weights=None`."
         )
     head = load_into(model.backbone, state, spec)
-    return find_pretrained_head(head, spec, model.num_features)
+    is_local = weights != "default"
+    return find_pretrained_head(head, spec, model.num_features, is_local=is_local)

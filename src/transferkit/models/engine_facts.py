@@ -58,8 +58,13 @@ def describe_processor(device: torch.device) -> str:
 
 def describe_float32(device: torch.device) -> str:
     """Name the precision in which PyTorch is set to multiply float32 on a device."""
-    backend: Any = torch.backends.cudnn if device.type == "cuda" else torch.backends.mkldnn
-    return f"{backend.conv.fp32_precision} {torch.get_float32_matmul_precision()}"
+    all_backends: Any = torch.backends  # PyTorch's annotations lack these settings.
+    if device.type == "cuda":
+        backends = (all_backends.cudnn.conv, all_backends.cuda.matmul)
+    else:
+        backends = (all_backends.mkldnn.conv, all_backends.mkldnn.matmul)
+    # Not `torch.get_float32_matmul_precision`, which raises once either of these was set.
+    return " ".join(str(each.fp32_precision) for each in backends)
 
 
 def one_tensor(outputs: Any, count: int) -> Tensor:

@@ -18,7 +18,7 @@ from transferkit.models.engine_facts import (
     one_tensor,
 )
 from transferkit.models.folding import count_batch_norms, fold_batch_norms
-from transferkit.models.openvino_engine import OpenVINOEngine
+from transferkit.models.openvino_engine import OpenVINOEngine, import_openvino
 
 EngineName: TypeAlias = Literal["pytorch", "openvino"]
 Precision: TypeAlias = Literal["float32", "bfloat16"]
@@ -101,6 +101,7 @@ def check_engine(engine: EngineName, precision: Precision, device: torch.device)
 
     Raises:
         ConfigError: There is no such engine or precision, or not on this device.
+        MissingDependencyError: OpenVINO is not installed.
     """
     for name, value, kind in (("engine", engine, EngineName), ("precision", precision, Precision)):
         if value not in get_args(kind):
@@ -111,6 +112,8 @@ def check_engine(engine: EngineName, precision: Precision, device: torch.device)
             f'engine="openvino" runs on the CPU, the model is on `{device}`. Move it to the CPU, '
             f'or take engine="pytorch".'
         )
+    if engine == "openvino":
+        import_openvino()
     if precision == "bfloat16" and not has_bfloat16(device):
         raise ConfigError(
             f'precision="bfloat16" needs a processor with instructions for it (AVX512-BF16, AMX '

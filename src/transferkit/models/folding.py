@@ -52,6 +52,12 @@ def fold_batch_norms(network: nn.Module) -> int:
     return len(pairs)
 
 
+def _find_shared(network: nn.Module) -> set[int]:
+    """Return the modules that have several places in a network, by their `id`."""
+    places = Counter(id(module) for _, module in network.named_modules(remove_duplicate=False))
+    return {module for module, count in places.items() if count > 1}
+
+
 def count_batch_norms(network: nn.Module) -> int:
     """Return the number of BatchNorm layers of a network."""
     return sum(isinstance(module, _BatchNorm) for module in network.modules())
@@ -62,8 +68,10 @@ def _find_pairs(network: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
     try:
         nodes = list(_LayerTracer().trace(network).nodes)
     except Exception:  # Whatever Python a forward pass runs on a stand-in for a tensor.
+        # What stands in several of its parts may be called by each of them.
+        shared = _find_shared(network)
         for child in network.children():
-            yield from _find_pairs(child)
+            yield from (pair for pair in _find_pairs(child) if shared.isdisjoint(map(id, pair)))
         return
     modules = dict(network.named_modules())
     calls = Counter(node.target for node in nodes if node.op == "call_module")

@@ -16,6 +16,7 @@ from transferkit.errors import ConfigError
 HeadKind: TypeAlias = Literal["linear", "mlp", "cosine"]
 
 DEFAULT_HIDDEN = (512,)
+MAX_HIDDEN = 32
 DEFAULT_SCALE = 16.0
 
 
@@ -151,6 +152,10 @@ def _check_hidden(hidden: object) -> tuple[int, ...]:
     if not isinstance(hidden, (tuple, list)):
         raise ConfigError(
             f"`hidden` should be a tuple of widths, such as (512,), found {hidden!r}."
+        )
+    if len(hidden) > MAX_HIDDEN:
+        raise ConfigError(
+            f"`hidden` should have at most {MAX_HIDDEN} widths, found {len(hidden)} of them."
         )
     return tuple(
         check_integer(f"hidden[{place}]", width, minimum=1) for place, width in enumerate(hidden)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from transferkit._checks import check_integer, check_number
 from transferkit._seeding import check_seed
+from transferkit.errors import ConfigError
 from transferkit.models.head_starts import LinearStart, check_features, to_float32
 
 LOGISTIC_STRENGTHS = tuple(10.0 ** (exponent / 2) for exponent in range(2, -9, -1))
@@ -49,6 +50,7 @@ def logistic(
     targets: Tensor,
     num_classes: int,
     *,
+    groups: Tensor | None = None,
     strength: float | None = None,
     num_folds: int = 5,
     seed: int = 0,
@@ -65,6 +67,8 @@ def logistic(
         features: Floating point `(N, D)`, on any device; computed with in float64.
         targets: int64 `(N,)`, in [0, num_classes - 1], each class at least once.
         num_classes: The number of classes C, at least 2.
+        groups: int64 `(N,)`, the picture that each row is of, where several rows are views of
+            one: they are left out together. None takes each row for a picture of its own.
         strength: The penalty's strength, above 0. None picks the one of
             `LOGISTIC_STRENGTHS` with the least cross-entropy of pictures that were left out.
         num_folds: How often pictures are left out to pick the strength, at least 2; at most
@@ -96,6 +100,7 @@ def logistic(
     num_folds = check_integer("num_folds", num_folds, minimum=2)
     max_iterations = check_integer("max_iterations", max_iterations, minimum=1)
     seed = check_seed(seed)
+    _check_groups(groups, targets)
     if strength is not None:
         strength = check_number("strength", strength, lambda value: value > 0, "above 0 or None")
     centre, spread = _moments(x)
@@ -103,7 +108,7 @@ def logistic(
     onehot = F.one_hot(targets, num_classes).to(torch.float64)
     losses: dict[float, float] = {}
     if strength is None:
-        folds = _assign_folds(targets, num_folds, seed)
+        folds = _assign_folds(targets, num_folds, seed, groups)
         losses = _cross_validate(inputs, onehot, folds, max_iterations)
         strength = min(losses, key=losses.__getitem__) if losses else DEFAULT_STRENGTH
     solution, num_iterations = _fit_path(inputs, onehot, strength, max_iterations)
@@ -140,8 +145,31 @@ def _compress(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([x, x.new_ones(len(x), 1)], 1), directions
 
 
-def _assign_folds(targets: Tensor, num_folds: int, seed: int) -> Tensor:
-    """Return the fold of each row, int64 `(N,)`; -1 where its class has but this row."""
+def _check_groups(groups: Tensor | None, targets: Tensor) -> None:
+    if groups is None:
+        return
+    if groups.dtype != torch.int64 or groups.shape != targets.shape:
+        raise ConfigError(
+            f"`groups` should be an int64 tensor {tuple(targets.shape)}, the picture of each row, "
+            f"found {groups.dtype} {tuple(groups.shape)}."
+        )
+    pictures = torch.unique(groups)
+    if len(torch.unique(torch.stack([groups, targets]), dim=1).T) != len(pictures):
+        raise ConfigError(
+            "`groups` should name pictures, each of one class: the rows of one of them have "
+            "several targets."
+        )
+
+
+def _assign_folds(
+    targets: Tensor, num_folds: int, seed: int, groups: Tensor | None = None
+) -> Tensor:
+    """Return the fold of each row, int64 `(N,)`; -1 where its class has but this picture."""
+    if groups is not None:
+        _, pictures = torch.unique(groups, return_inverse=True)
+        of_pictures = targets.new_empty(int(pictures.max()) + 1)
+        of_pictures[pictures] = targets
+        return _assign_folds(of_pictures, num_folds, seed)[pictures]
     counts = torch.bincount(targets)
     num_folds = min(num_folds, int(counts.max()))
     folds = torch.full_like(targets, -1)

@@ -32,6 +32,11 @@ class Split:
     suffix: nn.Module
     num_stages: int
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the whole backbone is in the prefix."""
+        return isinstance(self.suffix, nn.Identity)
+
 
 def split_backbone(
     backbone: nn.Module, stages: Sequence[Stage], counts: Iterable[int], images: Tensor

@@ -155,7 +155,11 @@ def load_into(
 
 
 def find_pretrained_head(
-    head: Mapping[str, Tensor], spec: BackboneSpec, num_features: int
+    head: Mapping[str, Tensor],
+    spec: BackboneSpec,
+    num_features: int,
+    *,
+    is_local: bool = False,
 ) -> PretrainedHead | None:
     """Return the classifier that came with the weights of a backbone.
 
@@ -164,6 +168,8 @@ def find_pretrained_head(
         spec: The backbone's spec, which says where the last layer lies and what its K
             classes are called.
         num_features: The D of the features.
+        is_local: The weights are from a file of the user's, which may tell other classes apart
+            than the spec's: they are called "class 0", "class 1" and so on.
 
     Returns:
         The classifier, copied. None where the weights have no last layer with K rows of D
@@ -182,8 +188,11 @@ def find_pretrained_head(
         >>> find_pretrained_head(head, spec, 3).class_names
         ('ant', 'bee')
     """
-    names = spec.find_class_names()
     weight = head.get(f"{spec.last_layer_key}.weight")
+    if is_local:
+        names = tuple(f"class {row}" for row in range(0 if weight is None else len(weight)))
+    else:
+        names = spec.find_class_names()
     # SqueezeNet's is a 1x1 convolution; the ReLU that follows it there is passed over.
     shapes = ((len(names), num_features), (len(names), num_features, 1, 1))
     if not names or weight is None or tuple(weight.shape) not in shapes:

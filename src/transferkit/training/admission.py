@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -15,12 +15,18 @@ from transferkit.models import Classifier, FreezePlan
 from transferkit.models.engines import check_engine
 from transferkit.models.modes import modes_kept
 from transferkit.training.feature_cache import FeatureCache
+from transferkit.training.feature_keys import describe_for_key
 from transferkit.training.feed_choice import find_split, settings_of
 from transferkit.training.optimizers import group_options, make_optimizer
-from transferkit.training.phases import ResolvedPhase, resolve_phases, trainable_names
+from transferkit.training.phases import (
+    RATE_NAMES,
+    ResolvedPhase,
+    resolve_phases,
+    trainable_names,
+)
 
 if TYPE_CHECKING:
-    from transferkit.training.fitting import Job
+    from transferkit.training.job import Job
 
 
 def check_frozen_by_plan(model: Classifier) -> None:
@@ -65,6 +71,11 @@ def trains_head_only(phase: ResolvedPhase) -> bool:
     return all(name.startswith("head.") for name in phase.trainable)
 
 
+def trains_whole_head_only(phase: ResolvedPhase, model: Classifier) -> bool:
+    """Tell whether a phase trains the head, all of it, and nothing else."""
+    return phase.trainable == {f"head.{name}" for name, _ in model.head.named_parameters()}
+
+
 def shorten_solved(
     model: Classifier, phases: Sequence[ResolvedPhase], *, solver: str
 ) -> tuple[ResolvedPhase, ...]:
@@ -72,32 +83,19 @@ def shorten_solved(
     if solver != "lbfgs":
         return tuple(phases)
     shortened = [
-        replace(each.phase, epochs=1) if trains_head_only(each) else each.phase for each in phases
+        replace(each.phase, epochs=1) if trains_whole_head_only(each, model) else each.phase
+        for each in phases
     ]
     return resolve_phases(model, shortened)
 
 
-def check_phases(job: Job, phases: Sequence[ResolvedPhase]) -> dict[str, Any]:
-    """Check that the optimizer, the schedules and the cache fit all phases.
-
-    Args:
-        job: The job.
-        phases: Its phases.
-
-    Returns:
-        The options of the optimizer's first group at the start; none where there is no
-        optimizer since all phases are solved.
-
-    Raises:
-        ConfigError: They do not fit.
-        UnknownNameError: There is no optimizer or scheduler of that name.
-    """
+def _check_updates(job: Job, phases: Sequence[ResolvedPhase]) -> dict[str, Any]:
+    """Check that the optimizer and the schedules fit; return the first group's options."""
     updates = job.updates()
     options: dict[str, Any] = {}
-    for phase in phases:
-        updates.rates(phase.phase)
-        if job.solves(phase):
-            continue
+    stepped = [phase for phase in phases if not job.solves(phase)]
+    updates.check(stepped, steps_per_epoch=len(job.train_loader))
+    for phase in stepped:
         with frozen_as(job.model, phase.freeze_plan):
             if not isinstance(job.optimizer, Optimizer):
                 # On an optimizer of its own, to have the errors of schedules, too.
@@ -113,8 +111,6 @@ def check_phases(job: Job, phases: Sequence[ResolvedPhase]) -> dict[str, Any]:
                     weight_decay=recipe.weight_decay,
                 )
                 options = group_options(optimizer)[0]
-    _check_cache_fits(job, phases)
-    _check_something_is_finetuned(job, phases)
     return options
 
 
@@ -135,35 +131,105 @@ def _check_cache_fits(job: Job, phases: Sequence[ResolvedPhase]) -> None:
     for phase in phases:
         with frozen_as(job.model, phase.freeze_plan):
             split = find_split(job, epochs=phase.phase.epochs)
-        if not isinstance(split, str):
-            settings = settings_of(job.cache)
-            check_engine(settings.engine, settings.precision, job.device)
-            return
-        reasons.append(split)
-    raise ConfigError(
-        f"Features cannot be cached, as `cache` wants it: {reasons[0]}. "
-        f"Leave `cache` out to have them computed live."
-    )
+        reasons += [split] if isinstance(split, str) else []
+    if len(reasons) == len(phases):
+        raise ConfigError(
+            f"Features cannot be cached, as `cache` wants it: {reasons[0]}. "
+            f"Leave `cache` out to have them computed live."
+        )
+    if not reasons and settings_of(job.cache).views == 0 and "augmentation" in job.given:
+        raise ConfigError(
+            "`augmentation` would be ignored: with views=0 training sees the evaluation view "
+            "alone. Leave it out, or take FeatureCache(views=4), say."
+        )
 
 
-def check_solver_fits(
-    job: Job,
-    phases: Sequence[ResolvedPhase],
-    *,
-    changing_loss: Mapping[str, bool],
-    of_steps: Mapping[str, bool],
-) -> None:
-    """Check that solver="lbfgs" can do what it is asked for.
+def admit(
+    job: Job, phases: Sequence[ResolvedPhase], *, at_door: bool = False, by_recipe: bool = False
+) -> dict[str, Any]:
+    """Check that a job can run these phases.
 
     Args:
         job: The job.
         phases: Its phases.
-        changing_loss: Which arguments were given that the solver knows nothing of.
-        of_steps: Which arguments were given that only matter where an optimizer steps.
+        at_door: These are only the phases that a fit without arguments would have: pass over
+            what other phases may make right.
+        by_recipe: The phases are the recipe's.
+
+    Returns:
+        The options of the optimizer's first group at the start; none where there is no
+        optimizer since all phases are solved.
 
     Raises:
-        ConfigError: The solver cannot be used, or would ignore an argument.
+        ConfigError: Something does not fit, or would be ignored.
+        FreezeError: `requires_grad` of a parameter was set past the freeze plan.
+        UnknownNameError: There is no optimizer or scheduler of that name.
     """
+    check_frozen_by_plan(job.model)
+    _check_engine(job)
+    _check_solver(job)
+    options = _check_updates(job, phases)
+    if not at_door:
+        if by_recipe:
+            _check_recipe_fits(job)
+        _check_solver_fits(job, phases)
+        _check_cache_fits(job, phases)
+        _check_something_is_finetuned(job, phases)
+    return options
+
+
+def _check_engine(job: Job) -> None:
+    """Check that what computes cached features is here, and that they can be kept."""
+    cache = job.cache
+    if isinstance(cache, FeatureCache):
+        check_engine(cache.engine, cache.precision, job.device)
+        if cache.folder is not None and cache.views != 0:
+            describe_for_key(job.augmentation)
+
+
+def _check_recipe_fits(job: Job) -> None:
+    """Check that the recipe does not undo, or need undone, what is frozen in the model."""
+    name, plan = job.recipe.name, job.model.freeze_plan
+    if job.recipe.freeze == "none" and job.model.is_backbone_frozen:
+        raise ConfigError(
+            f"The recipe `{name}` trains the backbone, all of which is frozen. "
+            f'Build the model with freeze="none", or take recipe="probe".'
+        )
+    if job.recipe.phases and plan.freezes and not job.model.is_backbone_frozen:
+        raise ConfigError(
+            f"A part of the model is frozen, and the recipe `{name}` would not keep it so: it "
+            f'freezes and unfreezes by itself. Build the model with freeze="none", or say what '
+            f"each phase freezes by `fit(phases=[...])`."
+        )
+
+
+def _check_solver(job: Job) -> None:
+    """Check what solver="lbfgs" needs whatever the phases are."""
+    if job.solver != "lbfgs":
+        return
+    if not isinstance(job.model.head, nn.Linear) or job.model.head_spec.dropout:
+        raise ConfigError(
+            f'solver="lbfgs" fits a linear head without dropout, found {job.model.head_spec}. '
+            f'Build the model with head="linear", or take solver="sgd".'
+        )
+    if isinstance(job.cache, FeatureCache) and job.cache.views == "epochs":
+        raise ConfigError(
+            'solver="lbfgs" fits the head to all views at once and needs their number, found '
+            'views="epochs". Take FeatureCache(views=4), say.'
+        )
+    _refuse_ignored(_what_changes_the_loss(job))
+
+
+def _refuse_ignored(names: list[str]) -> None:
+    if names:
+        raise ConfigError(
+            f'solver="lbfgs" would ignore {", ".join(f"`{name}`" for name in names)}. '
+            f'Leave that out, or take solver="sgd".'
+        )
+
+
+def _check_solver_fits(job: Job, phases: Sequence[ResolvedPhase]) -> None:
+    """Check that there is something to solve, and that nothing of these phases is ignored."""
     if job.solver != "lbfgs":
         return
     solved = [phase for phase in phases if job.solves(phase)]
@@ -172,25 +238,36 @@ def check_solver_fits(
             'solver="lbfgs" fits the head of a frozen backbone, and in no phase does the head '
             'train alone. Freeze the backbone by freeze="backbone", or take solver="sgd".'
         )
-    if not isinstance(job.model.head, nn.Linear) or job.model.head_spec.dropout:
-        raise ConfigError(
-            f'solver="lbfgs" fits a linear head without dropout, found {job.model.head_spec}. '
-            f'Build the model with head="linear", or take solver="sgd".'
-        )
-    ignored = [name for name, given in changing_loss.items() if given]
+    ignored = ["head_start"] if job.solves(phases[0]) and job.head_start is not None else []
     if len(solved) == len(phases):
-        ignored += [name for name, given in of_steps.items() if given]
-    if ignored:
-        raise ConfigError(
-            f'solver="lbfgs" would ignore {", ".join(f"`{name}`" for name in ignored)}. '
-            f'Leave that out, or take solver="sgd".'
-        )
-    if isinstance(job.cache, FeatureCache) and job.cache.views == "epochs":
-        raise ConfigError(
-            'solver="lbfgs" fits the head to all views at once and needs their number, found '
-            'views="epochs". Take FeatureCache(views=4), say.'
-        )
+        ignored += sorted(job.given - {"criterion", "augmentation"})
+        ignored += ["average"] if job.average is not None else []
+    _refuse_ignored(ignored)
+    for phase in solved:
+        _check_no_steps_are_set(phase)
     with frozen_as(job.model, solved[0].freeze_plan):
         split = find_split(job, epochs=1)
     if isinstance(split, str):
         raise ConfigError(f'solver="lbfgs" needs cached features, and there are none: {split}.')
+
+
+def _what_changes_the_loss(job: Job) -> list[str]:
+    """Return the arguments that the solver, which fits plain cross-entropy, knows nothing of."""
+    changing = {
+        "criterion": "criterion" in job.given,
+        "label_smoothing": job.label_smoothing > 0,
+        "balance": job.balance is not None,
+        "batch_augmentation": job.batch_augmentation is not None,
+    }
+    return [name for name, is_given in changing.items() if is_given]
+
+
+def _check_no_steps_are_set(phase: ResolvedPhase) -> None:
+    names = (*RATE_NAMES, "scheduler")
+    ignored = [name for name in names if getattr(phase.phase, name) is not None]
+    ignored += ["warmup"] if phase.phase.warmup else []
+    if ignored:
+        raise ConfigError(
+            f'solver="lbfgs" takes over the phase `{phase.phase.name}`, and would ignore its '
+            f'{", ".join(f"`{name}`" for name in ignored)}. Leave that out, or take solver="sgd".'
+        )

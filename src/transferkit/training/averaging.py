@@ -184,6 +184,10 @@ class WeightAverage:
         self.weights = {}
         self.num_averaged = 0
 
+    def forget(self) -> None:
+        """Give the memory of the average back."""
+        self._names, self.weights, self.num_averaged = (), {}, 0
+
     def takes(self, epoch_in_phase: int, num_epochs: int) -> bool:
         """Tell whether an epoch of the phase, numbered from 0, counts."""
         return self.average.takes(epoch_in_phase, num_epochs)

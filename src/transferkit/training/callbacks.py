@@ -30,7 +30,8 @@ class Callback:
     Order of the calls: `on_fit_start`; for each phase `on_phase_start`; for each epoch of it
     `on_epoch_start`, `on_step_end` after each optimizer update, `on_epoch_end`; `on_fit_end`,
     also after Ctrl-C and after an error.
-    A callback may set `trainer.should_stop = True` to end the fit after the epoch.
+    A callback may set `trainer.should_stop = True` to end the fit after the epoch, or
+    `trainer.should_stop_phase = True` to end its phase.
     """
 
     def on_fit_start(self, trainer: Trainer, num_epochs: int) -> None:
@@ -147,10 +148,17 @@ class EpochLog(Callback):
         if not history.records:
             return
         minutes, seconds = divmod(history.seconds, 60)
+        start = f"{history.status.capitalize()} after {minutes:.0f} min {seconds:.0f} s."
+        best = f"Best val accuracy {history.best.val_accuracy:.4f} in epoch {history.best.epoch}"
+        result = history.settings.get("wise_ft_result")
+        if result is None:
+            self._print(f"{start} {best}; its weights are kept.")
+            return
+        factor = result["factor"]
+        (score,) = (each for each in result["scores"] if each["factor"] == factor)
         self._print(
-            f"{history.status.capitalize()} after {minutes:.0f} min {seconds:.0f} s. "
-            f"Best val accuracy {history.best.val_accuracy:.4f} in epoch {history.best.epoch}; "
-            f"its weights are kept."
+            f"{start} {best}. Interpolated with the weights before fine-tuning by the factor "
+            f"{factor:g}: val accuracy {score['val_accuracy']:.4f}; these weights are kept."
         )
 
     def _print(self, text: str) -> None:
@@ -168,7 +176,9 @@ def _describe_rates(trainer: Trainer) -> str:
 
 
 class EarlyStopping(Callback):
-    """End the fit when a value has not improved for some epochs.
+    """End the phase when a value has not improved for some of its epochs.
+
+    A fit of one phase ends with it; in a fit of several the next one begins.
 
     Args:
         monitor: A record key; with "accuracy" in its name larger is better, else smaller.
@@ -190,8 +200,8 @@ class EarlyStopping(Callback):
         self._best = float("-inf")
         self._waited = 0
 
-    def on_fit_start(self, trainer: Trainer, num_epochs: int) -> None:
-        """Forget an earlier fit."""
+    def on_phase_start(self, trainer: Trainer, phase: Phase) -> None:
+        """Forget an earlier phase."""
         self._best, self._waited = float("-inf"), 0
 
     def on_epoch_end(self, trainer: Trainer, record: EpochRecord) -> None:
@@ -203,7 +213,7 @@ class EarlyStopping(Callback):
             return
         self._waited += 1
         if self._waited >= self.patience:
-            trainer.should_stop = True
+            trainer.should_stop_phase = True
 
 
 class CSVLog(Callback):

@@ -21,7 +21,7 @@ from transferkit.training.feed_choice import settings_of
 from transferkit.training.phases import ResolvedPhase
 
 if TYPE_CHECKING:
-    from transferkit.training.fitting import Job
+    from transferkit.training.job import Job
 
 NUM_LOADED = 8
 """How many pictures are read to learn how long reading takes."""
@@ -135,8 +135,10 @@ def _both(job: Job, computing: float, loading: float) -> float:
 def _seconds_to_load(job: Job) -> float:
     """Return the seconds in which one thread reads and augments a picture."""
     indices = list(range(0, len(job.data.train), max(1, len(job.data.train) // NUM_LOADED)))
+    # A loader of its own: what it skips is no finding of the fit.
+    loader = job.loading.loader(job.data.train, job.train_loader.transform)
     start = time.perf_counter()
-    batch = job.train_loader.read(indices[:NUM_LOADED], epoch=1)
+    batch = loader.read(indices[:NUM_LOADED], epoch=1)
     return (time.perf_counter() - start) / len(batch.images)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
@@ -13,7 +15,7 @@ from transferkit.models.splitting import Split
 from transferkit.training.feature_cache import FeatureCache
 
 if TYPE_CHECKING:
-    from transferkit.training.fitting import Job
+    from transferkit.training.job import Job
 
 CacheChoice: TypeAlias = "FeatureCache | bool | Literal['auto']"
 """How features are cached: as a `FeatureCache` says; True or "auto" as a default one says, True
@@ -53,21 +55,33 @@ def find_split(job: Job, *, epochs: int) -> Split | str:
     split = job.model.split()
     if split is None:
         return _why_nothing_is_inert(job.model)
-    if job.cache == "auto" and not _is_whole(split, job.model):
-        # Activations inside a network are large: only if they fit the memory.
-        settings = settings_of(job.cache)
-        images = len(job.data.train) * settings.num_passes(epochs) + len(job.data.val)
-        size = 4 * images * activation_size(job.model, split)
-        if size > settings.memory_bytes:
-            return (
-                f"the activations of {images:,} pictures take {size:,} bytes, more than the "
-                f"{settings.memory_bytes:,} of `memory_bytes`"
-            )
+    if job.cache == "auto":
+        return _why_there_is_no_room(job, split, epochs=epochs) or split
     return split
 
 
-def _is_whole(split: Split, model: Classifier) -> bool:
-    return split.num_stages == len(model.stages)
+def _why_there_is_no_room(job: Job, split: Split, *, epochs: int) -> str | None:
+    """Say why features that nobody asked for are too many; None where they are not."""
+    settings = settings_of(job.cache)
+    images = len(job.data.train) * settings.num_passes(epochs) + len(job.data.val)
+    # Activations inside a network are large: only if they fit the memory. Features may spill.
+    per_image = job.model.num_features if split.is_whole else activation_size(job.model, split)
+    size = 4 * images * per_image
+    if size <= settings.memory_bytes:
+        return None
+    if not split.is_whole:
+        return (
+            f"the activations of {images:,} pictures take {size:,} bytes, more than the "
+            f"{settings.memory_bytes:,} of `memory_bytes`"
+        )
+    room = shutil.disk_usage(tempfile.gettempdir()).free // 2
+    if size - settings.memory_bytes <= room:
+        return None
+    return (
+        f"the features of {images:,} pictures take {size:,} bytes, more than the "
+        f"{settings.memory_bytes:,} of `memory_bytes` and half of what is free in "
+        f"`{tempfile.gettempdir()}`"
+    )
 
 
 def _why_nothing_is_inert(model: Classifier) -> str:

@@ -5,84 +5,42 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from transferkit._allocator import buffers_kept
 from transferkit._seeding import seeded_torch
-from transferkit.data import ImageLoader, ImageSplits
 from transferkit.errors import ConfigError
 from transferkit.evaluation import Evaluation, evaluate_model
 from transferkit.evaluation.evaluate import RunningMean
-from transferkit.images import Augmentation
-from transferkit.models import Classifier
 from transferkit.models.modes import modes_kept
 from transferkit.training.admission import trains_head_only
-from transferkit.training.averaging import WeightAverage, refresh_batch_norm
+from transferkit.training.averaging import refresh_batch_norm
 from transferkit.training.best import BestWeights
-from transferkit.training.feature_cache import CachedFeed
-from transferkit.training.feed_choice import CacheChoice, find_split, settings_of
+from transferkit.training.cached_feed import CachedFeed
+from transferkit.training.feed_choice import find_split, settings_of
 from transferkit.training.feeds import Feed, LiveFeed
-from transferkit.training.forward import Criterion, forward
-from transferkit.training.head_start import HeadStart, start_head
+from transferkit.training.forward import forward
+from transferkit.training.head_start import start_head
 from transferkit.training.history import EpochRecord, History
 from transferkit.training.interpolation import wise_ft
-from transferkit.training.loading import BatchTransform, Loading, list_skipped, mix
-from transferkit.training.optimizers import OptimizerFactory
+from transferkit.training.job import Job
+from transferkit.training.loading import list_skipped, mix
 from transferkit.training.phases import ResolvedPhase
-from transferkit.training.recipes import Recipe
 from transferkit.training.regularizers import L2SP
-from transferkit.training.schedulers import Schedule, SchedulerFactory
-from transferkit.training.solving import Fitted, Solver, solve_head
+from transferkit.training.solving import Fitted, solve_head
 from transferkit.training.updates import Updates
 
 Notify: TypeAlias = "Callable[..., None]"
 """Calls a method of all callbacks: its name, then its arguments."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Job:
-    """What every fit of a trainer has in common; see `Trainer` for what it means."""
+class Flags(Protocol):
+    """What callbacks end a fit, or a phase of it, by."""
 
-    model: Classifier
-    data: ImageSplits
-    recipe: Recipe
-    optimizer: str | OptimizerFactory | Optimizer
-    scheduler: str | SchedulerFactory | Schedule | LRScheduler
-    augmentation: str | Augmentation
-    criterion: Criterion
-    mixing: BatchTransform | None
-    loading: Loading
-    train_loader: ImageLoader
-    val_loader: ImageLoader
-    cache: CacheChoice
-    solver: Solver
-    head_start: HeadStart
-    l2_sp: float
-    average: WeightAverage | None
-    wise_ft: bool
-    memory_format: torch.memory_format
-    seed: int
-    device: torch.device
-
-    def updates(self) -> Updates:
-        """Return a new optimizer with its schedules, not built yet."""
-        return Updates(self.model, self.recipe, optimizer=self.optimizer, scheduler=self.scheduler)
-
-    def solves(self, phase: ResolvedPhase) -> bool:
-        """Tell whether the solver takes the place of the optimizer in a phase."""
-        return self.solver == "lbfgs" and trains_head_only(phase)
-
-    def views(self, phase: ResolvedPhase) -> frozenset[int]:
-        """Return the numbers of the views of training pictures that a cached phase shows."""
-        cache = settings_of(self.cache)
-        if cache.views != "epochs" and self.solves(phase):
-            return cache.views_of(range(1, max(1, cache.views) + 1))
-        return cache.views_of(phase.epochs)
+    should_stop: bool
+    should_stop_phase: bool
 
 
 class Fit:
@@ -93,7 +51,8 @@ class Fit:
         phases: The phases for this model.
         history: Takes the records as they come.
         notify: Calls the callbacks.
-        should_stop: Tells whether the fit should end after this epoch.
+        flags: Has `should_stop`, whether the fit should end after this epoch, and
+            `should_stop_phase`, whether its phase should.
     """
 
     def __init__(
@@ -103,7 +62,7 @@ class Fit:
         history: History,
         *,
         notify: Notify,
-        should_stop: Callable[[], bool],
+        flags: Flags,
     ) -> None:
         self.job: Job = job
         self.phases: tuple[ResolvedPhase, ...] = tuple(phases)
@@ -112,15 +71,19 @@ class Fit:
         self._cached: CachedFeed | None = None
         self._trainable = frozenset[str]().union(*(each.trainable for each in phases))
         self._notify = notify
-        self._should_stop = should_stop
+        self._flags = flags
         self._penalty: L2SP | None = None
         self._before_finetuning: dict[str, torch.Tensor] | None = None
         self._skipped: list[dict[str, str]] = []
         self._parameters = list(job.model.named_parameters())
         self._best = BestWeights(job.model, self._trainable)
 
-    def run(self) -> None:
-        """Run all phases; whatever ends them, the best weights are in the model afterwards."""
+    def run(self, *, start: bool = True) -> None:
+        """Run all phases; whatever ends them, the best weights are in the model afterwards.
+
+        Args:
+            start: Set the head to its start first.
+        """
         job = self.job
         with (
             buffers_kept(),
@@ -128,10 +91,12 @@ class Fit:
             self._session(),
             seeded_torch(job.seed, job.device),
         ):
+            job.train_loader.forget_skipped()
+            job.val_loader.forget_skipped()
             job.model.freeze(self.phases[0].freeze_plan)
             self._notify("on_fit_start", self.phases[-1].epochs[-1])
-            self.history.settings["head_start"] = start_head(
-                job.head_start, job.model, job.data, job.loading
+            self.history.settings["head_start"] = (
+                start_head(job.head_start, job.model, job.data, job.loading) if start else None
             )
             if job.l2_sp:
                 self._penalty = L2SP(job.model, self._trainable, strength=job.l2_sp)
@@ -146,6 +111,7 @@ class Fit:
     def _run_phase(self, phase: ResolvedPhase) -> bool:
         """Run the epochs of a phase; tell whether the fit goes on."""
         job = self.job
+        self._flags.should_stop_phase = False
         # In training mode: what the network is cut into runs in the mode that it is cut in.
         job.model.freeze(phase.freeze_plan).train()
         if not trains_head_only(phase):
@@ -161,6 +127,8 @@ class Fit:
                 record = self._run_epoch(epoch, phase, feed)
                 if not self._end_epoch(record, phase):
                     return False
+                if self._flags.should_stop_phase:
+                    return phase is not self.phases[-1] or epoch == phase.epochs[-1]
         return True
 
     def _run_epoch(self, epoch: int, phase: ResolvedPhase, feed: Feed) -> EpochRecord:
@@ -237,7 +205,7 @@ class Fit:
         self.history.records.append(record)
         self._notify("on_epoch_end", record)
         is_last = record.epoch == self.phases[-1].epochs[-1]
-        return is_last or not self._should_stop()
+        return is_last or not self._flags.should_stop
 
     def _solve(self, phase: ResolvedPhase, feed: CachedFeed) -> bool:
         """Fit the head in closed form instead of epochs of steps."""
@@ -292,6 +260,9 @@ class Fit:
         if self._cached is not None and self._cached.num_stages != split.num_stages:
             self._close_cached()
         if self._cached is None:
+            # Their workers and the pictures that they keep would only take up memory.
+            job.train_loader.close()
+            job.val_loader.close()
             self._cached = CachedFeed(
                 job.model,
                 split,
@@ -301,6 +272,7 @@ class Fit:
                 order=job.train_loader,
                 augmentation=job.augmentation,
             )
+            self._cached.prepare()
         return self._cached
 
     def _close_cached(self) -> None:
@@ -332,7 +304,7 @@ class Fit:
             return
         live = LiveFeed(job.model, job.train_loader, job.val_loader, reason="")
         result = wise_ft(job.model, self._before_finetuning, lambda: self._evaluate(live))
-        self.history.settings["wise_ft"] = result.to_dict()
+        self.history.settings["wise_ft_result"] = result.to_dict()
         self._best.keep()
 
     @contextmanager
@@ -351,6 +323,8 @@ class Fit:
             self._best.restore()
             self.updates.finish()
             self._close_cached()
+            if job.average is not None:
+                job.average.forget()
             job.model.zero_grad(set_to_none=True)
             job.train_loader.close()
             job.val_loader.close()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transferkit.errors import ConfigError
 from transferkit.evaluation import Evaluation
 
-_FACTORS = tuple(number / 10 for number in range(11))
+FACTORS = tuple(number / 10 for number in range(11))
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def wise_ft(
     ends = _find_ends(model, start)
     scores: list[dict[str, float]] = []
     try:
-        for factor in _FACTORS if ends else (1.0,):
+        for factor in FACTORS if ends else (1.0,):
             _put(ends, factor)
             found = evaluate()
             scores.append(

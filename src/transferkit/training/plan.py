@@ -16,13 +16,14 @@ from transferkit.models import FreezePlan
 from transferkit.training.estimates import Estimate, measure_phase
 from transferkit.training.feed_choice import find_split, settings_of
 from transferkit.training.history import EpochRecord
+from transferkit.training.interpolation import FACTORS
 from transferkit.training.phases import ResolvedPhase, count
 from transferkit.training.schedulers import Schedule
 from transferkit.training.updates import Updates
 
 if TYPE_CHECKING:
     from transferkit.models.splitting import Split
-    from transferkit.training.fitting import Job
+    from transferkit.training.job import Job
 
 MAX_POINTS = 500
 
@@ -94,6 +95,8 @@ class PhasePlan:
         )
         if self.steps_per_epoch:
             yield f"  steps     {self.num_steps:,}, {self.steps_per_epoch:,} in an epoch"
+        else:
+            yield "  solver    lbfgs"
         for place, (name, rates) in enumerate(self.lrs.items()):
             label = "  lr        " if place == 0 else "            "
             yield f"{label}{name}: {_describe_rates(rates)}"
@@ -115,6 +118,7 @@ class FitPlan:
         num_train: The number of training pictures.
         num_val: The number of validation pictures.
         phases: The phases in their order.
+        notes: What is done before and after them; the estimates leave it out.
     """
 
     backbone_name: str
@@ -123,6 +127,7 @@ class FitPlan:
     num_train: int
     num_val: int
     phases: tuple[PhasePlan, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def seconds(self) -> float | None:
@@ -147,6 +152,7 @@ class FitPlan:
             "seconds": self.seconds,
             "memory_bytes": self.memory_bytes,
             "phases": [each.to_dict() for each in self.phases],
+            "notes": list(self.notes),
         }
 
     def __str__(self) -> str:
@@ -155,7 +161,9 @@ class FitPlan:
             f"{self.backbone_name} on {self.device}: {self.num_train:,} training and "
             f"{self.num_val:,} validation pictures, in batches of {self.batch_size}"
         )
-        return "\n".join([head, *(line for phase in self.phases for line in phase.lines())])
+        return "\n".join(
+            [head, *(line for phase in self.phases for line in phase.lines()), *self.notes]
+        )
 
 
 def plan_fit(job: Job, phases: Sequence[ResolvedPhase], *, measure: bool) -> FitPlan:
@@ -178,7 +186,21 @@ def plan_fit(job: Job, phases: Sequence[ResolvedPhase], *, measure: bool) -> Fit
         num_train=len(job.data.train),
         num_val=len(job.data.val),
         phases=tuple(_plan_phase(twin, each, updates, held, measure=measure) for each in phases),
+        notes=tuple(_notes(job)),
     )
+
+
+def _notes(job: Job) -> Iterator[str]:
+    if isinstance(job.head_start, str) and job.head_start != "pretrained":
+        yield (
+            f"before: the head is fitted ({job.head_start}) to features of "
+            f"{len(job.data.train):,} pictures, in the first fit"
+        )
+    if job.average is not None and job.average.interval == "epoch":
+        yield "after each averaged epoch: a pass for BatchNorm's statistics, where they move"
+    if job.wise_ft:
+        count = len(job.data.val)
+        yield f"after: {len(FACTORS)} passes over {count:,} validation pictures (WiSE-FT)"
 
 
 def _copy_job(job: Job) -> Job:
@@ -284,8 +306,7 @@ def _describe_features(job: Job, phase: ResolvedPhase, split: Split | str) -> st
     if isinstance(split, str):
         return f"computed live: {split}"
     stages = job.model.stages
-    is_whole = split.num_stages == len(stages)
-    part = "of the backbone" if is_whole else f"up to {stages[split.num_stages - 1].name}"
+    part = "of the backbone" if split.is_whole else f"up to {stages[split.num_stages - 1].name}"
     epochs = None if job.solves(phase) else phase.phase.epochs
     return f"{part}, once: {settings_of(job.cache).describe(epochs)}"
 

@@ -72,6 +72,7 @@ RECIPES: MappingProxyType[str, Recipe] = MappingProxyType(
             name="probe",
             optimizer="sgd",
             lr=0.01,
+            backbone_lr_factor=0.03,  # For phases that unfreeze it later.
             scheduler="cosine",
             batch_size=16,
             epochs=5,

@@ -18,6 +18,8 @@ _RATE_LIMITS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "momentum": ("in [0, 1)", lambda value: 0 <= value < 1),
     "weight_decay": ("of at least 0", lambda value: value >= 0),
 }
+RATES = tuple(_RATE_LIMITS)
+"""The names of the rates that a trainer takes."""
 
 
 def resolve_recipe(

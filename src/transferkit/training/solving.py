@@ -11,7 +11,7 @@ from transferkit.errors import ConfigError
 from transferkit.models import Classifier
 from transferkit.models.heads import set_linear
 from transferkit.models.logistic import logistic
-from transferkit.training.feature_cache import CachedFeed
+from transferkit.training.cached_feed import CachedFeed
 
 Solver: TypeAlias = Literal["sgd", "lbfgs"]
 
@@ -50,8 +50,9 @@ def solve_head(model: Classifier, feed: CachedFeed, *, seed: int) -> tuple[Fitte
     Returns:
         Loss and accuracy on the training features, and what the solver reports.
     """
-    features, targets = _training_features(feed)
-    fit = logistic(features, targets, model.num_classes, seed=seed)
+    features, targets, pictures = _training_features(feed)
+    # Views of one picture are left out together: else each would be judged by its siblings.
+    fit = logistic(features, targets, model.num_classes, groups=pictures, seed=seed)
     set_linear(model.head, fit.weight, fit.bias)
     logits = features @ fit.weight.T + fit.bias
     loss = nn.functional.cross_entropy(logits, targets).item()
@@ -64,10 +65,13 @@ def solve_head(model: Classifier, feed: CachedFeed, *, seed: int) -> tuple[Fitte
     }
 
 
-def _training_features(feed: CachedFeed) -> tuple[Tensor, Tensor]:
+def _training_features(feed: CachedFeed) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the features of all views, their targets, and the pictures they are of."""
     parts = [feed.view("train", number) for number in feed.view_numbers]
     targets = feed.targets("train")
+    pictures = torch.arange(len(targets))
     return (
         torch.cat([view.values[view.valid] for view in parts]),
         torch.cat([targets[view.valid] for view in parts]),
+        torch.cat([pictures[view.valid] for view in parts]),
     )

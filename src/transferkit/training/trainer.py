@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from transferkit._checks import check_flag, check_integer, check_type
+from transferkit._checks import check_flag, check_type
 from transferkit._device import resolve_device
 from transferkit._files import check_writable
 from transferkit._seeding import check_seed
@@ -24,19 +24,15 @@ from transferkit.errors import ConfigError
 from transferkit.evaluation import Evaluation, evaluate_model
 from transferkit.images import Augmentation
 from transferkit.models import Classifier
-from transferkit.training.admission import (
-    check_frozen_by_plan,
-    check_phases,
-    check_solver_fits,
-    shorten_solved,
-)
+from transferkit.training.admission import admit, check_frozen_by_plan
 from transferkit.training.averaging import EMA, SWA, make_average
 from transferkit.training.callbacks import Callback, EpochLog, ProgressBar, check_callables
 from transferkit.training.feed_choice import CacheChoice, check_cache
-from transferkit.training.fitting import Fit, Job
+from transferkit.training.fitting import Fit
 from transferkit.training.forward import Criterion
-from transferkit.training.head_start import HeadStart, check_head_start
+from transferkit.training.head_start import HeadStart, check_head_start, start_head
 from transferkit.training.history import History
+from transferkit.training.job import Job, describe_job, make_phases
 from transferkit.training.loading import (
     DEFAULT_CACHE_BYTES,
     Balance,
@@ -48,12 +44,12 @@ from transferkit.training.loading import (
     make_criterion,
 )
 from transferkit.training.optimizers import OptimizerFactory
-from transferkit.training.phases import Phase, ResolvedPhase, resolve_phases, spread_epochs
+from transferkit.training.phases import Phase
 from transferkit.training.plan import FitPlan, plan_fit
 from transferkit.training.recipes import Recipe
 from transferkit.training.regularizers import check_strength
 from transferkit.training.schedulers import Schedule, SchedulerFactory
-from transferkit.training.settings import name_of, resolve_recipe
+from transferkit.training.settings import RATES, resolve_recipe
 from transferkit.training.solving import Solver, check_solver
 
 
@@ -90,11 +86,11 @@ class Trainer:
             the criterion must take. Training accuracy counts the true classes.
         balance: What to do about rare classes: "sampler" draws each class equally often,
             "weights" weighs them in the loss (`class_weights`); None takes them as they are.
-        head_start: Where the head starts: None leaves it as it is (random); "class_means",
-            "ridge" or "logistic" fits it to the features of the training pictures;
-            "pretrained" takes the rows of the classifier that the backbone was trained with
-            whose class names fit; a mapping from our class names to its names or indices says
-            which these are.
+        head_start: Where the head starts in the first fit: None leaves it as it is (random);
+            "class_means", "ridge" or "logistic" fits it to the features of the training
+            pictures; "pretrained" takes the rows of the classifier that the backbone was
+            trained with whose class names fit; a mapping from our class names to its names or
+            indices says which these are.
         label_smoothing: The share of each target that goes to all classes alike, in [0, 1].
         l2_sp: Strength of the pull of the backbone's weights back to where they started, at
             least 0; 0 is none.
@@ -180,6 +176,18 @@ class Trainer:
         channels_last: bool = True,
         verbose: bool = True,
     ) -> None:
+        given: dict[str, Any] = {
+            "optimizer": optimizer,
+            "lr": lr,
+            "backbone_lr_factor": backbone_lr_factor,
+            "stage_lr_factor": stage_lr_factor,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "scheduler": scheduler,
+            "scheduler_options": scheduler_options,
+            "criterion": criterion,
+            "augmentation": augmentation,
+        }
         check_type("model", model, Classifier, "a Classifier, as `build_model` makes one")
         check_type("data", data, ImageSplits, "ImageSplits, as `load_folders` gives them")
         check_callables(criterion, augmentation, callbacks)
@@ -201,15 +209,8 @@ class Trainer:
             scheduler_options=scheduler_options,
             augmentation=augmentation,
             batch_size=batch_size,
-            rates={
-                "lr": lr,
-                "backbone_lr_factor": backbone_lr_factor,
-                "stage_lr_factor": stage_lr_factor,
-                "momentum": momentum,
-                "weight_decay": weight_decay,
-            },
+            rates={name: given[name] for name in RATES},
         )
-        self._balance = check_balance(balance, criterion)
         self.criterion: Criterion = make_criterion(
             criterion, balance, data.train, label_smoothing=label_smoothing
         )
@@ -217,24 +218,9 @@ class Trainer:
             self.criterion.to(self.device)  # Class weights are buffers of it.
         self.history: History = History()
         self.should_stop: bool = False
+        self.should_stop_phase: bool = False
+        self._has_started = False
         self._callbacks = [*((EpochLog(), ProgressBar()) if verbose else ()), *callbacks]
-        self._batch_augmentation = batch_augmentation
-        self._label_smoothing = label_smoothing
-        self._average = average
-        self._has_own_criterion = criterion is not None
-        self._given_for_steps = {
-            name: value is not None
-            for name, value in (
-                ("optimizer", optimizer),
-                ("lr", lr),
-                ("backbone_lr_factor", backbone_lr_factor),
-                ("stage_lr_factor", stage_lr_factor),
-                ("momentum", momentum),
-                ("weight_decay", weight_decay),
-                ("scheduler", scheduler),
-                ("scheduler_options", scheduler_options),
-            )
-        }
         loading = Loading(
             model=model,
             batch_size=self.recipe.batch_size,
@@ -257,22 +243,27 @@ class Trainer:
             scheduler=scheduler if scheduler is not None else self.recipe.scheduler,
             augmentation=augment,
             criterion=self.criterion,
+            batch_augmentation=batch_augmentation,
             mixing=make_batch_transform(batch_augmentation, data.num_classes),
+            balance=check_balance(balance, criterion),
             loading=loading,
             train_loader=train_loader,
             val_loader=val_loader,
             cache=check_cache(cache),
             solver=check_solver(solver),
             head_start=check_head_start(head_start, model, data),
+            label_smoothing=label_smoothing,
             l2_sp=check_strength(l2_sp),
             average=make_average(average),
             wise_ft=check_flag("wise_ft", wise_ft),
             memory_format=torch.channels_last if channels_last else torch.contiguous_format,
             seed=self.seed,
             device=self.device,
+            given=frozenset(name for name, value in given.items() if value is not None),
         )
         model.to(self.device).to(memory_format=self._job.memory_format)
-        self._admit(self._make_phases(None, None))  # To have the errors at the door.
+        # What can be told now: a fit may have other phases.
+        admit(self._job, make_phases(self._job, None, None), at_door=True)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -303,17 +294,13 @@ class Trainer:
             FeatureError: Cached features are not those that the network gives.
             ImageError: A picture cannot be read; the message names its path.
         """
-        resolved = self._make_phases(epochs, phases)
-        options = self._admit(resolved)
-        self.history = History(settings=self._settings(resolved, options))
-        self.should_stop = False
-        Fit(
-            self._job,
-            resolved,
-            self.history,
-            notify=self._call,
-            should_stop=lambda: self.should_stop,
-        ).run()
+        resolved = make_phases(self._job, epochs, phases)
+        options = admit(self._job, resolved, by_recipe=phases is None)
+        self.history = History(settings=describe_job(self._job, resolved, options))
+        self.should_stop = self.should_stop_phase = False
+        fit = Fit(self._job, resolved, self.history, notify=self._call, flags=self)
+        fit.run(start=not self._has_started)
+        self._has_started = True
         return self.history
 
     def plan(
@@ -339,12 +326,29 @@ class Trainer:
         Raises:
             ConfigError: `fit` would raise it, too.
         """
-        resolved = self._make_phases(epochs, phases)
-        self._admit(resolved)
+        resolved = make_phases(self._job, epochs, phases)
+        admit(self._job, resolved, by_recipe=phases is None)
         plan = plan_fit(self._job, resolved, measure=measure)
         if verbose:
             print(plan)
         return plan
+
+    def start_head(self) -> dict[str, Any] | None:
+        """Write `head_start` into the head now, as the first fit does before it trains.
+
+        For a look at what the start is worth by itself: `evaluate` says so. A fit that
+        follows goes on from it.
+
+        Returns:
+            What was done, as plain JSON data; None where there is no `head_start`.
+
+        Raises:
+            ImageError: A picture cannot be read.
+        """
+        job = self._job
+        report = start_head(job.head_start, job.model, job.data, job.loading)
+        self._has_started = True
+        return report
 
     def evaluate(self, split: str | ImageDataset = "val") -> Evaluation:
         """Evaluate the model on a split.
@@ -394,91 +398,6 @@ class Trainer:
             history=self.history.to_dict() if self.history.records else None,
         )
 
-    def _make_phases(
-        self, epochs: int | None, phases: Sequence[Phase] | None
-    ) -> tuple[ResolvedPhase, ...]:
-        """Return the phases of a fit: the given ones, the recipe's, or one of so many epochs."""
-        if phases is not None:
-            if epochs is not None:
-                raise ConfigError(
-                    f"`epochs` is {epochs!r} and `phases` are given, which have epochs of their "
-                    f"own. Leave one of them out."
-                )
-            return self._resolve(phases)
-        wanted = self.recipe.epochs if epochs is None else epochs
-        num_epochs = check_integer("epochs", wanted, minimum=1)
-        if self.recipe.phases:
-            return self._resolve(spread_epochs(self.recipe.phases, num_epochs))
-        freeze = self.recipe.freeze
-        if freeze == "none" and self.model.is_backbone_frozen:
-            raise ConfigError(
-                f"The recipe `{self.recipe.name}` trains the backbone, all of which is frozen. "
-                f'Build the model with freeze="none", or take recipe="probe".'
-            )
-        if freeze == "none" or self.model.is_backbone_frozen:
-            freeze = None
-        return self._resolve([Phase(self.recipe.name, num_epochs, freeze=freeze)])
-
-    def _resolve(self, phases: Sequence[Phase]) -> tuple[ResolvedPhase, ...]:
-        resolved = resolve_phases(self.model, phases)
-        return shorten_solved(self.model, resolved, solver=self._job.solver)
-
-    def _admit(self, phases: Sequence[ResolvedPhase]) -> dict[str, Any]:
-        """Check that the job can run these phases; return the first group's options."""
-        check_frozen_by_plan(self.model)
-        check_solver_fits(
-            self._job,
-            phases,
-            changing_loss={
-                "criterion": self._has_own_criterion,
-                "label_smoothing": self._label_smoothing > 0,
-                "balance": self._balance is not None,
-                "batch_augmentation": self._batch_augmentation is not None,
-            },
-            of_steps={
-                **self._given_for_steps,
-                "l2_sp": self._job.l2_sp > 0,
-                "average": self._average is not None,
-                "wise_ft": self._job.wise_ft,
-            },
-        )
-        return check_phases(self._job, phases)
-
     def _call(self, event: str, *arguments: Any) -> None:
         for callback in self._callbacks:
             getattr(callback, event)(self, *arguments)
-
-    def _settings(self, phases: Sequence[ResolvedPhase], options: dict[str, Any]) -> dict[str, Any]:
-        """Return what this fit was told, as plain data; rates are the optimizer's own."""
-        job = self._job
-        rates = {name: options.get(name) for name in ("lr", "momentum", "weight_decay")}
-        if options and isinstance(job.optimizer, str):
-            rates["lr"] = self.recipe.lr  # Not that of the first step of a warm-up.
-        if not isinstance(job.optimizer, str):
-            rates |= {"backbone_lr_factor": None, "stage_lr_factor": None}
-        return (
-            self.recipe.to_dict()
-            | rates
-            | {
-                "epochs": sum(each.phase.epochs for each in phases),
-                "phases": [each.phase.to_dict() for each in phases],
-                "optimizer": name_of(job.optimizer),
-                "scheduler": name_of(job.scheduler),
-                "augmentation": name_of(job.augmentation),
-                "batch_augmentation": name_of(self._batch_augmentation),
-                "balance": self._balance,
-                "criterion": name_of(self.criterion),
-                "label_smoothing": self._label_smoothing,
-                "l2_sp": job.l2_sp,
-                "average": None if self._average is None else self._average.to_dict(),
-                "wise_ft": job.wise_ft,
-                "solver": job.solver,
-                "seed": self.seed,
-                "device": str(self.device),
-                "backbone": self.model.backbone_name,
-                "head": self.model.head_spec.to_dict(),
-                "freeze_plan": phases[0].freeze_plan.to_dict(),
-                "num_train": len(self.data.train),
-                "num_val": len(self.data.val),
-            }
-        )

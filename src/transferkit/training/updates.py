@@ -137,7 +137,8 @@ class Updates:
             )
         else:
             self.finish()
-            regroup(self.optimizer, self._model, rates)
+            if not self.keeps_schedule:  # Which knows its groups by their places.
+                regroup(self.optimizer, self._model, rates)
         groups = self.optimizer.param_groups
         self._starts = list(zip(groups, group_options(self.optimizer), strict=True))
         if not self.keeps_schedule:

@@ -1,0 +1,332 @@
+"""Feeding the training loop with features that were computed once, and checking them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from transferkit.data import Batch, ImageLoader, ImageSplits
+from transferkit.errors import DataError, FeatureError
+from transferkit.images import Augmentation
+from transferkit.models import Classifier
+from transferkit.models.engines import Engine, choose_batch_size, make_engine
+from transferkit.models.modes import evaluating
+from transferkit.models.splitting import Split
+from transferkit.training.feature_cache import FeatureCache
+from transferkit.training.feature_keys import view_key
+from transferkit.training.feature_store import FeatureStore, StoredView
+from transferkit.training.loading import Loading
+
+NUM_COMPARED = 8
+"""Of how many pictures a new view's features are computed once more, and compared."""
+
+# Relative to the largest value. Accelerators may multiply in TF32, with 10 bits of mantissa.
+_CPU_TOLERANCES = {"float32": 1e-4, "bfloat16": 6e-2}
+_ACCELERATOR_TOLERANCES = {"float32": 1e-2, "bfloat16": 6e-2}
+
+
+class CachedFeed:
+    """Feed the activations of the frozen prefix, each computed once.
+
+    Args:
+        model: The model; its prefix is frozen and inert.
+        split: Its parts.
+        settings: How features are computed and kept.
+        loading: How pictures are loaded.
+        data: The splits.
+        order: The loader of a fit without a cache, whose order of pictures is followed.
+        augmentation: How training pictures are augmented.
+    """
+
+    def __init__(
+        self,
+        model: Classifier,
+        split: Split,
+        settings: FeatureCache,
+        loading: Loading,
+        *,
+        data: ImageSplits,
+        order: ImageLoader,
+        augmentation: str | Augmentation,
+    ) -> None:
+        self._model = model
+        self._split = split
+        self._settings = settings
+        self._loading = loading
+        self._order = order
+        self._data = {"train": data.train, "val": data.val}
+        self._augmentation = augmentation
+        folder = None if settings.folder is None else Path(settings.folder)
+        self._store = FeatureStore(settings.memory_bytes, folder)
+        self._engine: Engine | None = None
+        self._batch_size = 0
+        self._views: dict[tuple[str, int], StoredView] = {}
+        self._loaders: dict[str, ImageLoader] = {}
+        self._num_compared = 0
+        self.steps_per_epoch: int = len(order)
+        # Where the whole backbone is cached, each step leaves it alone.
+        self.module: nn.Module = model.head if split.is_whole else model
+
+    def prepare(self) -> None:
+        """Compute the validation features, and compare a sample of them.
+
+        Raises:
+            FeatureError: Features differ from those computed anew.
+            ImageError: A picture cannot be read.
+        """
+        self.view("val", 0)
+
+    def train(self, epoch: int) -> Iterator[Batch]:
+        """Iterate over the batches of an epoch: activations float32 `(N, ...)`.
+
+        The first epoch that needs a view computes it. In each epoch a picture's activations
+        are computed anew and compared.
+        """
+        if self._settings.views == "epochs":
+            yield from self._stream(epoch)
+            return
+        self._compare("train", self._number(epoch), count=1)
+        order, repeats = (torch.from_numpy(each) for each in self._order.order(epoch))
+        size = self._loading.batch_size
+        for indices, times in zip(
+            torch.split(order, size), torch.split(repeats, size), strict=True
+        ):
+            values, valid = self._rows(indices, times, epoch)
+            if bool(valid.any()):
+                yield self._batch("train", values[valid], indices[valid])
+
+    def _number(self, epoch: int, repeat: int = 0) -> int:
+        """Return the number of the view that an epoch shows; 0 is the evaluation view."""
+        (number,) = self._settings.views_of(range(epoch + repeat, epoch + repeat + 1))
+        return number
+
+    def _rows(self, indices: Tensor, repeats: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+        """Return activations; a picture that comes again in an epoch comes in its next view."""
+        if not bool(repeats.any()):
+            view = self.view("train", self._number(epoch))
+            return view.values[indices], view.valid[indices]
+        rows = [
+            (self.view("train", self._number(epoch, repeat)), index)
+            for index, repeat in zip(indices.tolist(), repeats.tolist(), strict=True)
+        ]
+        values = torch.stack([view.values[index] for view, index in rows])
+        return values, torch.stack([view.valid[index] for view, index in rows])
+
+    def _batch(self, split: str, values: Tensor, indices: Tensor) -> Batch:
+        targets = self._data[split].targets[indices.numpy()]
+        return Batch(values, torch.from_numpy(targets), indices)
+
+    def _stream(self, epoch: int) -> Iterator[Batch]:
+        """Compute an epoch's own views in large batches and give them out in small ones."""
+        engine, loader = self._started(), self._loader("train")
+        order, size = self._order.order(epoch)[0].tolist(), self._loading.batch_size
+        place, rows, indices = 0, list[Tensor](), list[int]()
+        for number, batch in enumerate(loader.batches(epoch=epoch)):
+            values = engine(batch.images).cpu()
+            if number == 0:
+                self._compare_rows(values[:1], batch.images[:1], f"item {int(batch.indices[0])}")
+            for value, index in zip(values, batch.indices.tolist(), strict=True):
+                start = place // size
+                while order[place] != index:  # Pictures in between could not be read.
+                    place += 1
+                if place // size != start and rows:
+                    yield self._batch("train", torch.stack(rows), torch.tensor(indices))
+                    rows, indices = [], []
+                rows.append(value)
+                indices.append(index)
+                place += 1
+                if place % size == 0:
+                    yield self._batch("train", torch.stack(rows), torch.tensor(indices))
+                    rows, indices = [], []
+        if rows:
+            yield self._batch("train", torch.stack(rows), torch.tensor(indices))
+
+    def val(self) -> Iterator[Batch]:
+        """Iterate over the activations of the validation pictures."""
+        view = self.view("val", 0)
+        places = torch.arange(len(view.valid))[view.valid]
+        # In the batches of live validation, on which some criteria depend.
+        for indices in torch.split(places, self._loading.batch_size):
+            yield self._batch("val", view.values[indices], indices)
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        """Run the rest of the network."""
+        if self.module is self._model:
+            inputs = self._model.features_from(inputs, self._split)
+        logits: Tensor = self._model.head(inputs)
+        return logits
+
+    def describe(self) -> dict[str, object]:
+        """Return what is cached and how."""
+        engine = self._engine.describe() if self._engine is not None else {}
+        return {
+            "cached": True,
+            "in_words": self._settings.describe(),
+            "num_stages": self._split.num_stages,
+            "views": self._settings.views,
+            "engine": self._settings.engine,
+            "precision": self._settings.precision,
+            "batch_size": self._batch_size or None,
+            "memory_bytes": self._store.num_bytes,
+            "spilled_bytes": self._store.num_spilled_bytes,
+            **engine,
+        }
+
+    @property
+    def view_numbers(self) -> range:
+        """The numbers of all views of training pictures, where they are not one an epoch."""
+        views = int(self._settings.views)
+        return range(1, views + 1) if views else range(1)
+
+    def targets(self, split: str) -> Tensor:
+        """Return the targets of all pictures of "train" or "val", int64 `(N,)`."""
+        return torch.from_numpy(self._data[split].targets)
+
+    def close(self) -> None:
+        """End the workers, and give memory and temporary files back."""
+        for loader in self._loaders.values():
+            loader.close()
+        self._views.clear()
+        self._store.close()
+
+    @property
+    def num_stages(self) -> int:
+        """The number of stages whose outputs are cached."""
+        return self._split.num_stages
+
+    @property
+    def loaders(self) -> dict[str, ImageLoader]:
+        """The loaders that read pictures so far, by their split."""
+        return dict(self._loaders)
+
+    def view(self, split: str, number: int) -> StoredView:
+        """Return a view of all pictures: the one at hand, one that was kept, or a new one."""
+        place = (split, number)
+        if place not in self._views:
+            key = self._key(split, number) if self._store.folder is not None else None
+            view = self._store.load(key) if key is not None else None
+            if view is None:
+                view = self._compute(split, number)
+                self._views[place] = view
+                self._compare(split, number, count=NUM_COMPARED)
+                if key is not None:
+                    self._store.keep(key, view)
+            else:
+                self._views[place] = view
+                self._compare(split, number, count=NUM_COMPARED)
+            self._rest(split)
+        return self._views[place]
+
+    def _rest(self, split: str) -> None:
+        """End the workers of a split of which all views are there."""
+        views = self._settings.views
+        wanted = 1 if split == "val" or views == "epochs" else max(1, views)
+        if split in self._loaders and sum(name == split for name, _ in self._views) == wanted:
+            self._loaders[split].close()
+
+    def _compute(self, split: str, number: int) -> StoredView:
+        engine, loader = self._started(), self._loader(split)
+        view: StoredView | None = None
+        bar = tqdm(
+            total=len(loader.dataset),
+            desc=f"features {split}" + (f" view {number}" if number else ""),
+            unit="image",
+            leave=False,
+            disable=None if self._loading.verbose else True,
+        )
+        with bar:
+            for batch in loader.batches(epoch=number):
+                values = engine(batch.images).cpu()
+                if view is None:
+                    view = self._store.allocate(len(loader.dataset), tuple(values.shape[1:]))
+                view.values[batch.indices] = values
+                view.valid[batch.indices] = True
+                bar.update(len(values))
+        if view is None:
+            raise DataError(f"No picture of the {split} split can be read.")
+        return view
+
+    def _compare(self, split: str, number: int, *, count: int) -> None:
+        """Compute a sample of a view anew, by the network as it is now, and compare."""
+        view = self.view(split, number)
+        valid = torch.arange(len(view.valid))[view.valid].tolist()
+        first = self._num_compared
+        self._num_compared += count
+        chosen = sorted({valid[(first + place) * 7919 % len(valid)] for place in range(count)})
+        batch = self._loader(split).read(chosen, epoch=number)
+        name = self._data[split].name_of(chosen[0])
+        self._compare_rows(view.values[batch.indices], batch.images, name)
+
+    def _compare_rows(self, values: Tensor, images: Tensor, name: str) -> None:
+        device = next(self._model.parameters()).device
+        with evaluating(self._model), torch.no_grad():
+            wanted = self._split.prefix(images.to(device)).float().cpu()
+        settings = self._settings
+        usual = _CPU_TOLERANCES if device.type == "cpu" else _ACCELERATOR_TOLERANCES
+        allowed = settings.tolerance or usual[settings.precision]
+        largest = max(float(wanted.abs().max()), 1e-12)
+        difference = float((values - wanted).abs().max()) / largest
+        if not difference <= allowed:
+            raise FeatureError(
+                f"Cached features do not match those that the network gives now: relative to the "
+                f"largest they differ by {difference:.3g}, allowed are {allowed:g} (seen near "
+                f"`{name}`). The frozen part changed during the fit, what was kept in a folder is "
+                f"stale, or {settings.precision} is too coarse for this network. Pass "
+                f"`cache=False` to compute all features anew in every epoch."
+            )
+
+    def _loader(self, split: str) -> ImageLoader:
+        """Return the loader of a split, in batches that are good for the engine."""
+        if split not in self._loaders:
+            self._started()
+            preprocess, views = self._model.preprocess, self._settings.views
+            streams = split == "train" and views == "epochs"
+            is_augmented = split == "train" and views != 0
+            self._loaders[split] = self._loading.loader(
+                self._data[split],
+                preprocess.train(self._augmentation) if is_augmented else preprocess.eval(),
+                shuffle=streams,
+                balanced=streams and self._order.balanced,
+                cache_share=1.0 if is_augmented and views != 1 else 0.0,
+                batch_size=self._batch_size,
+            )
+        return self._loaders[split]
+
+    def _started(self) -> Engine:
+        """Return the engine, built when it is first needed."""
+        if self._engine is None:
+            device = next(self._model.parameters()).device
+            settings = self._settings
+            with evaluating(self._model):
+                self._engine = make_engine(
+                    self._split.prefix,
+                    engine=settings.engine,
+                    precision=settings.precision,
+                    device=device,
+                )
+            size = self._model.preprocess.crop_size
+            shape = (self._model.preprocess.num_channels, size, size)
+            if settings.batch_size != "auto":
+                self._batch_size = int(settings.batch_size)
+            else:
+                self._batch_size = choose_batch_size(
+                    self._engine, shape, num_images=len(self._data["train"]), device=device
+                )
+        return self._engine
+
+    def _key(self, split: str, number: int) -> dict[str, Any]:
+        is_augmented = split == "train" and number > 0
+        return view_key(
+            self._model,
+            self._split,
+            self._data[split],
+            engine={**self._started().describe(), "batch_size": self._batch_size},
+            augmentation=self._augmentation if is_augmented else None,
+            seed=self._loading.seed if is_augmented else None,
+            view=number,
+        )
