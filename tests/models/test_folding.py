@@ -216,7 +216,7 @@ def test_layers_that_two_parts_share_are_left_alone() -> None:
 
     network = Whole().eval()
     with torch.no_grad():
-        network.first.batch_norm.running_mean += 1  # type: ignore[operator]
+        network.first.batch_norm.get_buffer("running_mean").add_(1)
         images = torch.rand(2, 3, 4, 4)
         expected = network(images)
         assert fold_batch_norms(network) == 0

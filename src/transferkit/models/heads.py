@@ -220,8 +220,8 @@ class MLPHead(nn.Module):
         for num_inputs, width in zip((num_features, *hidden), hidden, strict=False):
             # Dropout has its place also where it is 0: names must not depend on it.
             layers += [nn.Linear(num_inputs, width), nn.ReLU(), nn.Dropout(dropout)]
-        self.hidden = nn.Sequential(*layers)
-        self.last = nn.Linear(hidden[-1], num_classes)
+        self.hidden: nn.Sequential = nn.Sequential(*layers)
+        self.last: nn.Linear = nn.Linear(hidden[-1], num_classes)
 
     def forward(self, features: Tensor) -> Tensor:
         """Compute logits `(N, C)` of features `(N, D)`."""
@@ -265,8 +265,8 @@ class CosineHead(nn.Module):
         self.in_features = num_features
         self.out_features = num_classes
         self.dropout = dropout
-        self.weight = nn.Parameter(torch.randn(num_classes, num_features))
-        self.scale = nn.Parameter(torch.tensor(float(scale)))
+        self.weight: nn.Parameter = nn.Parameter(torch.randn(num_classes, num_features))
+        self.scale: nn.Parameter = nn.Parameter(torch.tensor(float(scale)))
 
     def forward(self, features: Tensor) -> Tensor:
         """Compute logits `(N, C)` of features `(N, D)`, in [-scale, scale]."""
