@@ -19,7 +19,7 @@ from transferkit.models.stages import Stage
 from transferkit.models.torchvision_backbones import HEAD_PATHS, torchvision_names
 
 NUM_CLASSES = 3
-MAX_PARAMETERS = 60_000_000
+MAX_PARAMETERS = 30_000_000
 """Networks with more are only looked at, without memory, in the default run."""
 
 FIXED_SIZES = {"maxvit_t": 224, "inception_v3": 75}

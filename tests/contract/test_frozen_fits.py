@@ -35,7 +35,7 @@ SMALLEST = {
     "vit": "vit_b_16",
     "wide_resnet": "wide_resnet50_2",
 }
-SLOW = {"maxvit_t"}
+LARGE = {"alexnet", "maxvit_t", "vgg11", "vit_b_16", "wide_resnet50_2"}
 OF_ONE_SIZE = {"maxvit_t", "vit_b_16"}
 
 
@@ -50,13 +50,15 @@ def splits(tmp_path_factory: pytest.TempPathFactory) -> ImageSplits:
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("name", "part"),
     [
-        pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else [])
+        pytest.param(
+            name, part, marks=pytest.mark.slow if name in LARGE and part == "half" else ()
+        )
         for name in [*SMALLEST.values(), "efficientnet_lite0"]
+        for part in ("backbone", "half")
     ],
 )
-@pytest.mark.parametrize("part", ["backbone", "half"])
 def test_what_is_frozen_is_byte_identical_after_a_fit(
     name: str, part: str, splits: ImageSplits, tmp_path: Path
 ) -> None:
