@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transferkit.cli.options import EXIT_OK, parse_workers
+from transferkit.cli.options import EXIT_OK, add_reading
 from transferkit.errors import ConfigError
 
 
@@ -46,19 +46,7 @@ def add_features(commands: Any) -> None:
         default="float32",
         help="bfloat16 where the processor has it (default: %(default)s)",
     )
-    parser.add_argument(
-        "--on-error",
-        choices=("raise", "skip"),
-        default="raise",
-        help="what to do about a picture that cannot be read (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--workers",
-        default="auto",
-        type=parse_workers,
-        metavar="N",
-        help="threads that read pictures (default: %(default)s)",
-    )
+    add_reading(parser)
     parser.add_argument("--device", default="auto", help="default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print the result as JSON, alone")
     parser.set_defaults(run=run_features)

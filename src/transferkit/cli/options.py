@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+
 EXIT_OK = 0
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
@@ -10,3 +12,20 @@ EXIT_INTERRUPTED = 130
 def parse_workers(text: str) -> int | str:
     """Return a number of workers, or "auto"."""
     return text if text == "auto" else int(text)
+
+
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """Add what every command takes that reads pictures in bulk for a network."""
+    parser.add_argument(
+        "--on-error",
+        choices=("raise", "skip"),
+        default="raise",
+        help="what to do about a picture that cannot be read (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--workers",
+        default="auto",
+        type=parse_workers,
+        metavar="N",
+        help="threads or processes that read pictures (default: %(default)s)",
+    )

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from transferkit.cli.options import EXIT_INTERRUPTED, EXIT_OK, parse_workers
+from transferkit.cli.options import EXIT_INTERRUPTED, EXIT_OK, add_reading
 from transferkit.errors import ConfigError
 
 
@@ -191,19 +191,7 @@ def _add_loading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--balance", choices=("sampler", "weights"), help="make rare classes count; default: no"
     )
-    parser.add_argument(
-        "--on-error",
-        choices=("raise", "skip"),
-        default="raise",
-        help="what to do about a picture that cannot be read (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--workers",
-        default="auto",
-        type=parse_workers,
-        metavar="N",
-        help="threads or processes that load pictures (default: %(default)s)",
-    )
+    add_reading(parser)
 
 
 def run_train(options: argparse.Namespace) -> int:
