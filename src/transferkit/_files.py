@@ -11,6 +11,15 @@ from pathlib import Path
 from transferkit._checks import check_path
 from transferkit.errors import OutputError, TransferkitError
 
+TEMPORARY_PREFIX = ".transferkit-"
+
+WRITE_POINTS = ("reserved", "written", "flushed", "replaced", "durable")
+"""The points in the writing of a file that `atomic_path` passes, in their order."""
+
+
+def _pass(point: str) -> None:
+    """Do nothing: tests put a fault here, one for each point at which a process may end."""
+
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
@@ -32,11 +41,16 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = check_path("path", path)
     temporary = _reserve(target)
     try:
+        _pass("reserved")
         yield temporary
+        _pass("written")
         _share(temporary)
         _flush(temporary)
+        _pass("flushed")
         temporary.replace(target)
+        _pass("replaced")
         _flush_folder(target.parent)
+        _pass("durable")
     except TransferkitError:
         raise
     except OSError as error:
@@ -101,7 +115,7 @@ def _reserve(target: Path) -> Path:
             f"Create it first."
         )
     try:
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=".transferkit-")
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=TEMPORARY_PREFIX)
         os.close(handle)
     except OSError as error:
         raise _output_error(target, error) from error

@@ -107,3 +107,19 @@ def seeded_torch(seed: int, device: torch.device) -> Iterator[None]:
     ):
         torch.manual_seed(seed)
         yield
+
+
+def seed_torch(device: torch.device, *entropy: int) -> None:
+    """Seed PyTorch's generators of the CPU and of one device, within `seeded_torch`.
+
+    Args:
+        device: The device.
+        *entropy: Non-negative integers, such as (seed, epoch, batch).
+    """
+    seed = int(_words(entropy)[2])
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.default_generators[index].manual_seed(seed)
+    elif device.type not in ("cpu", "meta"):
+        getattr(torch, device.type).manual_seed(seed)

@@ -14,12 +14,15 @@ from collections.abc import Iterable
 __all__ = [
     "ArtifactError",
     "BackboneError",
+    "CheckpointError",
     "ConfigError",
     "DataError",
     "FeatureError",
     "FreezeError",
     "ImageError",
+    "LossError",
     "MissingDependencyError",
+    "OutOfMemoryError",
     "OutputError",
     "TransferkitError",
     "UnknownNameError",
@@ -61,6 +64,18 @@ class WeightsError(TransferkitError, OSError):
 
 class ArtifactError(TransferkitError, ValueError):
     """A file is not an artifact that this version can trust and read."""
+
+
+class CheckpointError(TransferkitError, ValueError):
+    """A file is not a checkpoint that this fit can go on from, or a state cannot be kept in one."""
+
+
+class LossError(TransferkitError, ArithmeticError):
+    """The loss of a batch is not a finite number."""
+
+
+class OutOfMemoryError(TransferkitError, MemoryError):
+    """A batch does not fit the memory; the message says how large a one does."""
 
 
 class OutputError(TransferkitError, OSError):

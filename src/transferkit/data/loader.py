@@ -136,6 +136,24 @@ class ImageLoader:
             ImageError: A picture cannot be read; the message names its path.
             DataError: More pictures were skipped than `max_skipped` allows.
         """
+        return (batch for _, batch in self.numbered_batches(epoch=epoch, start=start))
+
+    def numbered_batches(self, *, epoch: int = 0, start: int = 0) -> Iterator[tuple[int, Batch]]:
+        """Iterate over one pass as `batches` does, with each batch's number in the epoch.
+
+        Args:
+            epoch: As for `batches`.
+            start: Likewise.
+
+        Returns:
+            An iterator over numbers, from `start`, and batches. The number of a batch without
+            any readable picture is left out.
+
+        Raises:
+            ConfigError: As for `batches`.
+            ImageError: Likewise.
+            DataError: Likewise.
+        """
         epoch = check_integer("epoch", epoch, minimum=0)
         start = check_integer("start", start, minimum=0)
         if start > len(self):
@@ -192,17 +210,17 @@ class ImageLoader:
     def _has_processes(self) -> bool:
         return self.num_workers > 0 and self.worker_type != "thread"
 
-    def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
+    def _batches(self, epoch: int, start: int) -> Iterator[tuple[int, Batch]]:
         self._check_idle()
         this = self._pass = object()
         if self._workers is None:
             self._workers = self._start_workers()
         loaded = self._workers.run(epoch, start)
         try:
-            for each in loaded:
+            for number, each in enumerate(loaded, start):
                 batch = self._admit(each)
                 if batch is not None:
-                    yield batch
+                    yield number, batch
                 if self._pass is not this and self._has_processes:
                     raise ConfigError("The loader was closed during this pass. Start a new one.")
         finally:

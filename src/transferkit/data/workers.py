@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
+import signal
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -204,6 +205,7 @@ class ProcessWorkers:
             persistent_workers=True,
             prefetch_factor=NUM_BATCHES_AHEAD,
             multiprocessing_context=multiprocessing.get_context(start_method),
+            worker_init_fn=_ignore_interrupts,
             # Its own, or starting a pass would draw from the caller's.
             generator=torch.Generator().manual_seed(sampler.seed),
         )
@@ -241,6 +243,11 @@ class _Passes:
 
     def __len__(self) -> int:
         return len(self.sampler) - self.start
+
+
+def _ignore_interrupts(number: int) -> None:
+    """Leave Ctrl-C, which goes to all processes of a terminal, to the one that they work for."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _identity(loaded: Iterable[Any]) -> Iterable[Any]:

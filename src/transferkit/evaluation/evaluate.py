@@ -74,6 +74,16 @@ class RunningMean:
         self._loss += loss.detach().to(self._loss.dtype) * len(targets)
         self._hits += (logits.detach().argmax(dim=1) == targets).sum()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sums so far, as plain data and tensors."""
+        return {"num_images": self.num_images, "loss": self._loss, "hits": self._hits}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from sums that `state_dict` returned, on whichever device."""
+        self.num_images = state["num_images"]
+        self._loss.copy_(state["loss"])
+        self._hits.copy_(state["hits"])
+
     @property
     def loss(self) -> float:
         """The mean loss over all images added."""

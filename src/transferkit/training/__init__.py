@@ -6,6 +6,7 @@ and does not know `inference`.
 
 from transferkit.training.averaging import EMA, SWA
 from transferkit.training.callbacks import Callback, CSVLog, EarlyStopping, EpochLog, ProgressBar
+from transferkit.training.checkpoints import Checkpoints
 from transferkit.training.estimates import Estimate
 from transferkit.training.feature_cache import FeatureCache
 from transferkit.training.forward import Criterion
@@ -28,6 +29,7 @@ __all__ = [
     "SWA",
     "CSVLog",
     "Callback",
+    "Checkpoints",
     "Criterion",
     "EarlyStopping",
     "EpochLog",

@@ -94,12 +94,12 @@ def _check_updates(job: Job, phases: Sequence[ResolvedPhase]) -> dict[str, Any]:
     updates = job.updates()
     options: dict[str, Any] = {}
     stepped = [phase for phase in phases if not job.solves(phase)]
-    updates.check(stepped, steps_per_epoch=len(job.train_loader))
+    updates.check(stepped, steps_per_epoch=job.steps_per_epoch)
     for phase in stepped:
         with frozen_as(job.model, phase.freeze_plan):
             if not isinstance(job.optimizer, Optimizer):
                 # On an optimizer of its own, to have the errors of schedules, too.
-                updates.start_phase(phase.phase, steps_per_epoch=len(job.train_loader))
+                updates.start_phase(phase.phase, steps_per_epoch=job.steps_per_epoch)
                 options = options or dict(updates.options)
             elif not options:  # A trial schedule would change the user's own optimizer.
                 recipe = job.recipe

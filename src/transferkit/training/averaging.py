@@ -188,6 +188,23 @@ class WeightAverage:
         """Give the memory of the average back."""
         self._names, self.weights, self.num_averaged = (), {}, 0
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the average and the number of weights in it, as plain data and tensors."""
+        return {"num_averaged": self.num_averaged, "weights": self.weights}
+
+    def load_state_dict(self, state: dict[str, Any], model: nn.Module) -> None:
+        """Go on from what `state_dict` returned, after `start`.
+
+        Args:
+            state: The state.
+            model: The model, whose device and layout the average follows.
+        """
+        self.num_averaged = state["num_averaged"]
+        self.weights = {
+            name: torch.empty_like(model.get_parameter(name), dtype=value.dtype).copy_(value)
+            for name, value in state["weights"].items()
+        }
+
     def takes(self, epoch_in_phase: int, num_epochs: int) -> bool:
         """Tell whether an epoch of the phase, numbered from 0, counts."""
         return self.average.takes(epoch_in_phase, num_epochs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,26 @@ class BestWeights:
         self._copy = self._clone()
         self._rank = rank(record)
         return True
+
+    def state_dict(self, *, is_present: bool) -> dict[str, Any]:
+        """Return the rank and the copy, as plain data and tensors.
+
+        Args:
+            is_present: The model holds the best weights now: no copy is needed.
+        """
+        return {"rank": self._rank, "copy": None if is_present else self._copy}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned; without a copy the present weights are best."""
+        self._rank = state["rank"]
+        if state["copy"] is None:
+            self._copy = self._clone()
+            return
+        present = self._changing()
+        self._copy = {
+            name: torch.empty_like(present[name]).copy_(value)
+            for name, value in state["copy"].items()
+        }
 
     def keep(self) -> None:
         """Take the present weights for the best."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,10 @@ _CPU_TOLERANCES = {"float32": 1e-4, "bfloat16": 6e-2}
 _ACCELERATOR_TOLERANCES = {"float32": 1e-2, "bfloat16": 6e-2}
 
 
+def _go_on() -> None:
+    """Let a pass go on."""
+
+
 class CachedFeed:
     """Feed the activations of the frozen prefix, each computed once.
 
@@ -41,6 +45,7 @@ class CachedFeed:
         data: The splits.
         order: The loader of a fit without a cache, whose order of pictures is followed.
         augmentation: How training pictures are augmented.
+        check: Called between the batches of a long pass: raises where the fit should end.
     """
 
     def __init__(
@@ -53,7 +58,9 @@ class CachedFeed:
         data: ImageSplits,
         order: ImageLoader,
         augmentation: str | Augmentation,
+        check: Callable[[], None] = _go_on,
     ) -> None:
+        self._check = check
         self._model = model
         self._split = split
         self._settings = settings
@@ -68,7 +75,7 @@ class CachedFeed:
         self._views: dict[tuple[str, int], StoredView] = {}
         self._loaders: dict[str, ImageLoader] = {}
         self._num_compared = 0
-        self.steps_per_epoch: int = len(order)
+        self.num_batches: int = len(order)
         # Where the whole backbone is cached, each step leaves it alone.
         self.module: nn.Module = model.head if split.is_whole else model
 
@@ -81,24 +88,23 @@ class CachedFeed:
         """
         self.view("val", 0)
 
-    def train(self, epoch: int) -> Iterator[Batch]:
+    def train(self, epoch: int, *, start: int = 0) -> Iterator[tuple[int, Batch]]:
         """Iterate over the batches of an epoch: activations float32 `(N, ...)`.
 
         The first epoch that needs a view computes it. In each epoch a picture's activations
         are computed anew and compared.
         """
         if self._settings.views == "epochs":
-            yield from self._stream(epoch)
+            yield from self._stream(epoch, start)
             return
         self._compare("train", self._number(epoch), count=1)
         order, repeats = (torch.from_numpy(each) for each in self._order.order(epoch))
         size = self._loading.batch_size
-        for indices, times in zip(
-            torch.split(order, size), torch.split(repeats, size), strict=True
-        ):
-            values, valid = self._rows(indices, times, epoch)
+        for number in range(start, self.num_batches):
+            part = slice(number * size, (number + 1) * size)
+            values, valid = self._rows(order[part], repeats[part], epoch)
             if bool(valid.any()):
-                yield self._batch("train", values[valid], indices[valid])
+                yield number, self._batch("train", values[valid], order[part][valid])
 
     def _number(self, epoch: int, repeat: int = 0) -> int:
         """Return the number of the view that an epoch shows; 0 is the evaluation view."""
@@ -121,30 +127,38 @@ class CachedFeed:
         targets = self._data[split].targets[indices.numpy()]
         return Batch(values, torch.from_numpy(targets), indices)
 
-    def _stream(self, epoch: int) -> Iterator[Batch]:
+    def _stream(self, epoch: int, start: int) -> Iterator[tuple[int, Batch]]:
         """Compute an epoch's own views in large batches and give them out in small ones."""
+        size = self._loading.batch_size
+        rows, indices, number = list[Tensor](), list[int](), start
+        for place, index, value in self._activations(epoch, start * size):
+            if place // size != number and rows:
+                yield number, self._batch("train", torch.stack(rows), torch.tensor(indices))
+                rows, indices = [], []
+            number = place // size
+            rows.append(value)
+            indices.append(index)
+        if rows:
+            yield number, self._batch("train", torch.stack(rows), torch.tensor(indices))
+
+    def _activations(self, epoch: int, first: int) -> Iterator[tuple[int, int, Tensor]]:
+        """Yield places in the epoch's order from `first` on, pictures and their activations."""
         engine, loader = self._started(), self._loader("train")
-        order, size = self._order.order(epoch)[0].tolist(), self._loading.batch_size
-        place, rows, indices = 0, list[Tensor](), list[int]()
-        for number, batch in enumerate(loader.batches(epoch=epoch)):
+        order = self._order.order(epoch)[0].tolist()
+        # The same large batches as from the start: results depend on them in the last bits.
+        skipped = first // self._batch_size
+        place = skipped * self._batch_size
+        for number, batch in loader.numbered_batches(epoch=epoch, start=skipped):
+            self._check()
             values = engine(batch.images).cpu()
-            if number == 0:
+            if number == skipped:
                 self._compare_rows(values[:1], batch.images[:1], f"item {int(batch.indices[0])}")
             for value, index in zip(values, batch.indices.tolist(), strict=True):
-                start = place // size
                 while order[place] != index:  # Pictures in between could not be read.
                     place += 1
-                if place // size != start and rows:
-                    yield self._batch("train", torch.stack(rows), torch.tensor(indices))
-                    rows, indices = [], []
-                rows.append(value)
-                indices.append(index)
+                if place >= first:
+                    yield place, index, value
                 place += 1
-                if place % size == 0:
-                    yield self._batch("train", torch.stack(rows), torch.tensor(indices))
-                    rows, indices = [], []
-        if rows:
-            yield self._batch("train", torch.stack(rows), torch.tensor(indices))
 
     def val(self) -> Iterator[Batch]:
         """Iterate over the activations of the validation pictures."""
@@ -195,6 +209,11 @@ class CachedFeed:
         self._store.close()
 
     @property
+    def batch_size(self) -> int:
+        """How many pictures the engine computes at a time; 0 where it has not begun."""
+        return self._batch_size
+
+    @property
     def num_stages(self) -> int:
         """The number of stages whose outputs are cached."""
         return self._split.num_stages
@@ -241,6 +260,7 @@ class CachedFeed:
         )
         with bar:
             for batch in loader.batches(epoch=number):
+                self._check()
                 values = engine(batch.images).cpu()
                 if view is None:
                     view = self._store.allocate(len(loader.dataset), tuple(values.shape[1:]))

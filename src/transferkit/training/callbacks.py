@@ -52,6 +52,13 @@ class Callback:
     def on_fit_end(self, trainer: Trainer, history: History) -> None:
         """After the last epoch; the best weights are back in the model."""
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed fit needs to go on as if it had not stopped, as JSON data."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned; called after the start of fit and phase."""
+
 
 class ProgressBar(Callback):
     """Show a bar with the steps of the running epoch, on standard error.
@@ -214,6 +221,14 @@ class EarlyStopping(Callback):
         self._waited += 1
         if self._waited >= self.patience:
             trainer.should_stop_phase = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the best value so far, and for how many epochs there was none better."""
+        return {"best": self._best, "waited": self._waited}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on waiting."""
+        self._best, self._waited = state["best"], state["waited"]
 
 
 class CSVLog(Callback):

@@ -115,7 +115,7 @@ def _measure_cached(
     num_views = 0 if cache.views == "epochs" else len(job.views(phase))
     num_stored = num_views * len(job.data.train) + len(job.data.val)
     stored = min(cache.memory_bytes, 4 * num_stored * activations.numel())
-    num_steps = phase.phase.epochs * len(job.train_loader)
+    num_steps = phase.phase.epochs * job.steps_per_epoch
     return Estimate(
         seconds=num_images * _both(job, computing, loading)
         + (0.0 if job.solves(phase) else num_steps * step),

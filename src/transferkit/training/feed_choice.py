@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
@@ -36,6 +38,14 @@ def check_cache(cache: CacheChoice) -> CacheChoice:
 def settings_of(cache: CacheChoice) -> FeatureCache:
     """Return how features are cached, where they are."""
     return cache if isinstance(cache, FeatureCache) else FeatureCache()
+
+
+def describe_cache(cache: CacheChoice) -> dict[str, object] | bool | str:
+    """Return how features are cached, as plain JSON data."""
+    if not isinstance(cache, FeatureCache):
+        return cache
+    folder = None if cache.folder is None else os.fspath(cache.folder)
+    return asdict(cache) | {"folder": folder}
 
 
 def find_split(job: Job, *, epochs: int) -> Split | str:

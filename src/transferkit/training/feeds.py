@@ -14,12 +14,16 @@ from transferkit.models import Classifier
 class Feed(Protocol):
     """What the training loop asks for batches, and what makes logits of them."""
 
-    steps_per_epoch: int
+    num_batches: int
+    """The batches of an epoch."""
     module: nn.Module
     """What runs in a step, and has to be in the mode for it."""
 
-    def train(self, epoch: int) -> Iterator[Batch]:
-        """Iterate over the batches of an epoch, numbered from 1, in its order."""
+    def train(self, epoch: int, *, start: int = 0) -> Iterator[tuple[int, Batch]]:
+        """Iterate over the batches of an epoch in its order, from number `start` on.
+
+        Epochs are numbered from 1, batches from 0; a batch's number comes with it.
+        """
         ...
 
     def val(self) -> Iterator[Batch]:
@@ -52,11 +56,11 @@ class LiveFeed:
         self._train = train
         self._val = val
         self.reason: str = reason
-        self.steps_per_epoch: int = len(train)
+        self.num_batches: int = len(train)
 
-    def train(self, epoch: int) -> Iterator[Batch]:
+    def train(self, epoch: int, *, start: int = 0) -> Iterator[tuple[int, Batch]]:
         """Iterate over the batches of an epoch: images float32 `(N, C, H, W)`."""
-        return self._train.batches(epoch=epoch)
+        return self._train.numbered_batches(epoch=epoch, start=start)
 
     def val(self) -> Iterator[Batch]:
         """Iterate over the validation batches."""

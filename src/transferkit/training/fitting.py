@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol, TypeAlias
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, Protocol, TypeAlias
 
 import torch
 
@@ -19,17 +22,30 @@ from transferkit.training.admission import trains_head_only
 from transferkit.training.averaging import refresh_batch_norm
 from transferkit.training.best import BestWeights
 from transferkit.training.cached_feed import CachedFeed
+from transferkit.training.callbacks import Callback
+from transferkit.training.checkpoints import Checkpoint, CheckpointStore, Place
+from transferkit.training.feature_cache import FeatureCache
 from transferkit.training.feed_choice import find_split, settings_of
 from transferkit.training.feeds import Feed, LiveFeed
-from transferkit.training.forward import forward
+from transferkit.training.fit_state import (
+    Progress,
+    capture,
+    identify,
+    restore,
+    restore_callbacks,
+    restore_phase,
+)
 from transferkit.training.head_start import start_head
 from transferkit.training.history import EpochRecord, History
 from transferkit.training.interpolation import wise_ft
+from transferkit.training.interruption import Interrupted, Interruption, exit_code
 from transferkit.training.job import Job
-from transferkit.training.loading import list_skipped, mix
+from transferkit.training.loading import list_skipped
+from transferkit.training.losses import LossWatch
 from transferkit.training.phases import ResolvedPhase
 from transferkit.training.regularizers import L2SP
 from transferkit.training.solving import Fitted, solve_head
+from transferkit.training.steps import Stepper
 from transferkit.training.updates import Updates
 
 Notify: TypeAlias = "Callable[..., None]"
@@ -44,15 +60,17 @@ class Flags(Protocol):
 
 
 class Fit:
-    """Run the phases of a fit.
+    """Run the phases of a fit, from its start or from a checkpoint.
 
     Args:
         job: What is trained, and how.
         phases: The phases for this model.
         history: Takes the records as they come.
+        callbacks: What watches the fit.
         notify: Calls the callbacks.
         flags: Has `should_stop`, whether the fit should end after this epoch, and
             `should_stop_phase`, whether its phase should.
+        store: Keeps the checkpoints; None keeps none.
     """
 
     def __init__(
@@ -61,30 +79,49 @@ class Fit:
         phases: Sequence[ResolvedPhase],
         history: History,
         *,
+        callbacks: Sequence[Callback],
         notify: Notify,
         flags: Flags,
+        store: CheckpointStore | None = None,
     ) -> None:
         self.job: Job = job
         self.phases: tuple[ResolvedPhase, ...] = tuple(phases)
         self.history: History = history
+        self.callbacks: tuple[Callback, ...] = tuple(callbacks)
         self.updates: Updates = job.updates()
+        self.trainable: frozenset[str] = frozenset().union(*(each.trainable for each in phases))
+        self.progress: Progress = Progress()
+        self.best: BestWeights = BestWeights(job.model, self.trainable)
+        self.is_best_present: bool = True
+        self.losses: LossWatch = LossWatch(job.nan_policy, job.device, job.data.train.name_of)
+        self.penalty: L2SP | None = None
+        self.before_finetuning: dict[str, torch.Tensor] | None = None
+        self.mean: RunningMean | None = None
         self._cached: CachedFeed | None = None
-        self._trainable = frozenset[str]().union(*(each.trainable for each in phases))
         self._notify = notify
         self._flags = flags
-        self._penalty: L2SP | None = None
-        self._before_finetuning: dict[str, torch.Tensor] | None = None
+        self._store = store
+        self._interruption = Interruption()
         self._skipped: list[dict[str, str]] = []
         self._parameters = list(job.model.named_parameters())
-        self._best = BestWeights(job.model, self._trainable)
+        self._resumed: dict[str, Any] | None = None
+        self._start = time.perf_counter()
 
-    def run(self, *, start: bool = True) -> None:
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What has to be the same for the fit to be gone on with."""
+        return identify(self.job.model, self.job.data, self._told, self.trainable)
+
+    def run(self, *, start: bool = True, checkpoint: Checkpoint | None = None) -> None:
         """Run all phases; whatever ends them, the best weights are in the model afterwards.
 
         Args:
             start: Set the head to its start first.
+            checkpoint: What to go on from.
         """
         job = self.job
+        # As it was told: the history's settings grow.
+        self._told = dict(self.history.settings)
         with (
             buffers_kept(),
             modes_kept(job.model),
@@ -94,36 +131,93 @@ class Fit:
             job.train_loader.forget_skipped()
             job.val_loader.forget_skipped()
             job.model.freeze(self.phases[0].freeze_plan)
-            self._notify("on_fit_start", self.phases[-1].epochs[-1])
-            self.history.settings["head_start"] = (
-                start_head(job.head_start, job.model, job.data, job.loading) if start else None
-            )
-            if job.l2_sp:
-                self._penalty = L2SP(job.model, self._trainable, strength=job.l2_sp)
-            for phase in self.phases:
-                if not self._run_phase(phase):
-                    self.history.status = "stopped"
-                    break
-            if job.wise_ft:
-                self._best.restore()
-                self._interpolate()
+            if checkpoint is None:
+                self._begin(start=start)
+            else:
+                self._go_on(checkpoint)
+            with self._interruption.listening():
+                try:
+                    self._run_phases()
+                except Interrupted:
+                    self._save()
+                    raise
 
-    def _run_phase(self, phase: ResolvedPhase) -> bool:
-        """Run the epochs of a phase; tell whether the fit goes on."""
+    def _begin(self, *, start: bool) -> None:
         job = self.job
+        self._notify("on_fit_start", self.phases[-1].epochs[-1])
+        self.history.settings["head_start"] = (
+            start_head(job.head_start, job.model, job.data, job.loading) if start else None
+        )
+        if job.l2_sp:
+            self.penalty = L2SP(job.model, self.trainable, strength=job.l2_sp)
+        if self._store is not None:
+            self._store.begin()
+
+    def _go_on(self, checkpoint: Checkpoint) -> None:
+        """Bring everything to where the checkpoint was made."""
+        job = self.job
+        if job.l2_sp:
+            self.penalty = L2SP(job.model, self.trainable, strength=job.l2_sp)
+        self._resumed = restore(self, checkpoint)
+        if self._store is not None:
+            self._store.begin(checkpoint.data.get("best_checkpoint"))
+        self._skipped += self.history.skipped
+        self._notify("on_fit_start", self.phases[-1].epochs[-1])
+        running = self.progress.phase
+        if running is None:
+            return
+        for phase in self.phases[: running + 1]:
+            # The groups of an optimizer are what the phases made of them, one after the other.
+            job.model.freeze(phase.freeze_plan)
+            if not job.solves(phase):
+                self.updates.start_phase(phase.phase, steps_per_epoch=job.steps_per_epoch)
+                if job.average is not None:
+                    job.average.start(job.model)
+        if self._resumed["updates"] is not None:
+            restore_phase(self, self._resumed)
+
+    def _run_phases(self) -> None:
+        progress, last = self.progress, self.phases[-1].epochs[-1]
+        for index, phase in enumerate(self.phases):
+            if progress.place.epoch > phase.epochs[-1]:
+                continue
+            if not self._run_phase(index, phase):
+                self.history.status = "stopped"
+                break
+        if progress.place.epoch <= last:
+            self._save()  # A callback ended it in the middle: it can be gone on with.
+            return
+        self.best.restore()
+        if not progress.is_over:
+            if self.job.wise_ft:
+                self._interpolate()
+            progress.is_over = self.is_best_present = True
+            self._save()
+
+    def _run_phase(self, index: int, phase: ResolvedPhase) -> bool:
+        """Run the epochs of a phase; tell whether the fit goes on."""
+        job, progress = self.job, self.progress
         self._flags.should_stop_phase = False
         # In training mode: what the network is cut into runs in the mode that it is cut in.
         job.model.freeze(phase.freeze_plan).train()
         if not trains_head_only(phase):
             self._note_start()
         with self._open_feed(phase) as feed:
+            is_running = progress.phase == index
+            if not is_running:
+                self._hand_out_states()
             self._notify("on_phase_start", phase.phase)
             if isinstance(feed, CachedFeed) and job.solves(phase):
                 return self._solve(phase, feed)
-            self.updates.start_phase(phase.phase, steps_per_epoch=feed.steps_per_epoch)
-            if job.average is not None:
-                job.average.start(job.model)
-            for epoch in phase.epochs:
+            if not is_running:
+                self.updates.start_phase(phase.phase, steps_per_epoch=job.steps_per_epoch)
+                if job.average is not None:
+                    job.average.start(job.model)
+                progress.phase = index
+            else:
+                self._hand_out_states()
+            for epoch in range(progress.place.epoch, phase.epochs[-1] + 1):
+                self._interruption.check()
                 record = self._run_epoch(epoch, phase, feed)
                 if not self._end_epoch(record, phase):
                     return False
@@ -131,53 +225,62 @@ class Fit:
                     return phase is not self.phases[-1] or epoch == phase.epochs[-1]
         return True
 
+    def _hand_out_states(self) -> None:
+        """Give the callbacks of a fit that goes on their states."""
+        if self._resumed is not None:
+            restore_callbacks(self, self._resumed)
+
     def _run_epoch(self, epoch: int, phase: ResolvedPhase, feed: Feed) -> EpochRecord:
-        start = time.perf_counter()
+        progress = self.progress
+        start = time.perf_counter() - progress.seconds
         self._check_freezing(phase)
         self._notify("on_epoch_start", epoch)
-        lr = self.updates.lr
-        mean = self._train(epoch, feed)
+        self.mean = RunningMean(self.job.device)
+        if self._resumed is not None and self._resumed["mean"] is not None:
+            self.mean.load_state_dict(self._resumed["mean"])
+        else:
+            progress.lr, progress.step = self.updates.lr, 0
+        self._resumed = None
+        self._train(epoch, feed, self.mean, start)
+        self._interruption.check()
         with self._averaged(epoch, phase, feed):
             evaluation = self._evaluate(feed)
-            record = self._record(epoch, phase, mean, evaluation, lr=lr, start=start)
-            self._best.offer(record)
+            record = self._record(epoch, phase, self.mean, evaluation, lr=progress.lr, start=start)
+            self.is_best_present = self.best.offer(record) and self.job.average is None
         self.updates.end_epoch(record)
         return record
 
-    def _train(self, epoch: int, feed: Feed) -> RunningMean:
-        job, updates = self.job, self.updates
-        feed.module.train()
-        mean = RunningMean(job.device)
-        for step, batch in enumerate(feed.train(epoch), start=1):
-            layout = job.memory_format if batch.images.dim() == 4 else torch.preserve_format
-            batch = batch.to(job.device, memory_format=layout)
-            inputs, targets, _ = batch
-            wanted = targets
-            if job.mixing is not None:
-                inputs, wanted = mix(job.mixing, batch, seed=job.seed, epoch=epoch)
-            loss, logits = forward(
-                feed, job.criterion, inputs, wanted, backbone_name=job.model.backbone_name
-            )
-            updates.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            if self._penalty is not None:
-                self._penalty.add_to_gradients()
-            updates.step()
-            if job.average is not None and job.average.interval == "step":
-                job.average.update(job.model)
-            mean.add(loss, logits, targets)
-            self._notify("on_step_end", step)
-        return mean
+    def _train(self, epoch: int, feed: Feed, mean: RunningMean, started: float) -> None:
+        """Do the updates of an epoch that are left, with a checkpoint where one is due."""
+        progress = self.progress
+        stepper = Stepper(self.job, feed, self.updates, self.penalty, self.losses)
+        for updated in stepper.run(epoch, start=progress.place.batch, mean=mean):
+            progress.place = Place(epoch, updated.next_batch)
+            progress.seconds = time.perf_counter() - started
+            if updated.num_trained:
+                progress.step += 1
+                self.is_best_present = False
+                self._notify("on_step_end", progress.step)
+            self._interruption.check()
+            every = None if self._store is None else self._store.settings.every_steps
+            if every is not None and progress.step % every == 0:
+                self._save()
 
     def _evaluate(self, feed: Feed) -> Evaluation:
-        return evaluate_model(
-            feed.module,
-            feed.val(),
-            class_names=self.job.data.class_names,
-            criterion=self.job.criterion,
-            memory_format=self.job.memory_format,
-            logits_of=feed.logits,
-        )
+        average = self.job.average
+        batches = feed.val()
+        if average is None or average.interval == "step":
+            # Where the average has taken this epoch already, it cannot be evaluated once more.
+            batches = self._interruption.checked(batches)
+        with self.job.precision.autocast():
+            return evaluate_model(
+                feed.module,
+                batches,
+                class_names=self.job.data.class_names,
+                criterion=self.job.criterion,
+                memory_format=self.job.memory_format,
+                logits_of=feed.logits,
+            )
 
     def _record(
         self,
@@ -201,21 +304,42 @@ class Fit:
         )
 
     def _end_epoch(self, record: EpochRecord, phase: ResolvedPhase) -> bool:
-        """Hand the record on; tell whether the fit goes on."""
+        """Hand the record on and keep the state; tell whether the fit goes on."""
+        progress = self.progress
         self.history.records.append(record)
+        self.mean = None
         self._notify("on_epoch_end", record)
         is_last = record.epoch == self.phases[-1].epochs[-1]
+        ends_phase = self._flags.should_stop_phase or record.epoch == phase.epochs[-1]
+        following = phase.epochs[-1] + 1 if ends_phase else record.epoch + 1
+        progress.place, progress.seconds, progress.step = Place(following, 0), 0.0, 0
+        is_over = following > self.phases[-1].epochs[-1]
+        every = 1 if self._store is None else self._store.settings.every_epochs
+        # The end of the fit has a checkpoint of its own, with the best weights.
+        if not is_over and (ends_phase or record.epoch % every == 0):
+            self._save(is_best=self.history.best is record)
         return is_last or not self._flags.should_stop
+
+    def _save(self, *, is_best: bool = False) -> None:
+        """Keep the state, if a store does."""
+        if self._store is None or self._resumed is not None:
+            return  # What is not gone on with yet stands in the last checkpoint.
+        self.losses.finish()
+        self.progress.elapsed, before = self._seconds(), self.progress.elapsed
+        data, tensors = capture(self)
+        self.progress.elapsed = before
+        self._store.save(self.progress.place, data, tensors, is_best=is_best)
 
     def _solve(self, phase: ResolvedPhase, feed: CachedFeed) -> bool:
         """Fit the head in closed form instead of epochs of steps."""
         start = time.perf_counter()
         epoch = phase.first_epoch
+        self._resumed = None
         self._notify("on_epoch_start", epoch)
         mean, report = solve_head(self.job.model, feed, seed=self.job.seed)
         self.history.settings.setdefault("solver_reports", []).append(report)
         record = self._record(epoch, phase, mean, self._evaluate(feed), lr=0.0, start=start)
-        self._best.offer(record)
+        self.is_best_present = self.best.offer(record)
         return self._end_epoch(record, phase)
 
     @contextmanager
@@ -233,7 +357,7 @@ class Fit:
             if average.is_active and average.interval == "epoch":
                 refresh_batch_norm(
                     model,
-                    feed.train(epoch),
+                    (batch for _, batch in feed.train(epoch)),
                     memory_format=self.job.memory_format,
                     logits_of=feed.logits,
                 )
@@ -266,14 +390,22 @@ class Fit:
             self._cached = CachedFeed(
                 job.model,
                 split,
-                settings_of(job.cache),
+                self._feature_settings(phase),
                 job.loading,
                 data=job.data,
                 order=job.train_loader,
                 augmentation=job.augmentation,
+                check=self._interruption.check,
             )
             self._cached.prepare()
+        self.progress.batch_sizes[phase.phase.name] = self._cached.batch_size
         return self._cached
+
+    def _feature_settings(self, phase: ResolvedPhase) -> FeatureCache:
+        """Return how features are cached: in a fit that goes on, in batches of the same size."""
+        settings = settings_of(self.job.cache)
+        size = self.progress.batch_sizes.get(phase.phase.name)
+        return settings if size is None else replace(settings, batch_size=size)
 
     def _close_cached(self) -> None:
         """Give back what cached features take up, and note what could not be read."""
@@ -293,34 +425,34 @@ class Fit:
 
     def _note_start(self) -> None:
         """Keep the weights from which fine-tuning starts, for the interpolation."""
-        if self.job.wise_ft and self._before_finetuning is None:
+        if self.job.wise_ft and self.before_finetuning is None:
             state = self.job.model.state_dict()
-            names = self._trainable | {name for name, _ in self.job.model.named_buffers()}
-            self._before_finetuning = {name: state[name].clone() for name in names & state.keys()}
+            names = self.trainable | {name for name, _ in self.job.model.named_buffers()}
+            self.before_finetuning = {name: state[name].clone() for name in names & state.keys()}
 
     def _interpolate(self) -> None:
         job = self.job
-        if self._before_finetuning is None:
+        if self.before_finetuning is None:
             return
         live = LiveFeed(job.model, job.train_loader, job.val_loader, reason="")
-        result = wise_ft(job.model, self._before_finetuning, lambda: self._evaluate(live))
+        result = wise_ft(job.model, self.before_finetuning, lambda: self._evaluate(live))
         self.history.settings["wise_ft_result"] = result.to_dict()
-        self._best.keep()
+        self.best.keep()
 
     @contextmanager
     def _session(self) -> Iterator[None]:
         """Run the phases between start and end; whatever ends them, the best weights return."""
         job, history = self.job, self.history
-        start = time.perf_counter()
+        self._start = time.perf_counter()
         try:
             yield
-        except KeyboardInterrupt:
+        except (Interrupted, KeyboardInterrupt):
             history.status = "interrupted"
         except BaseException:
             history.status = "failed"
             raise
         finally:
-            self._best.restore()
+            self.best.restore()
             self.updates.finish()
             self._close_cached()
             if job.average is not None:
@@ -328,10 +460,21 @@ class Fit:
             job.model.zero_grad(set_to_none=True)
             job.train_loader.close()
             job.val_loader.close()
-            live = list_skipped(train=job.train_loader, val=job.val_loader)
-            history.skipped = _without_repeats([*live, *self._skipped])
-            history.seconds = time.perf_counter() - start
+            history.skipped = self.list_skipped()
+            history.seconds = self._seconds()
             self._notify("on_fit_end", history)
+        if self._interruption.number is signal.SIGTERM:
+            raise SystemExit(exit_code(signal.SIGTERM))
+
+    def _seconds(self) -> float:
+        """Return the duration of the fit so far, in this process and before."""
+        return self.progress.elapsed + time.perf_counter() - self._start
+
+    def list_skipped(self) -> list[dict[str, str]]:
+        """Return the pictures that were left out so far since they could not be read."""
+        live = list_skipped(train=self.job.train_loader, val=self.job.val_loader)
+        cached = {} if self._cached is None else self._cached.loaders
+        return _without_repeats([*live, *self._skipped, *list_skipped(**cached)])
 
 
 def _without_repeats(skipped: list[dict[str, str]]) -> list[dict[str, str]]:

@@ -17,12 +17,15 @@ from transferkit.images import Augmentation
 from transferkit.models import Classifier
 from transferkit.training.admission import shorten_solved, trains_whole_head_only
 from transferkit.training.averaging import WeightAverage
-from transferkit.training.feed_choice import CacheChoice, settings_of
+from transferkit.training.checkpoints import Checkpoints
+from transferkit.training.feed_choice import CacheChoice, describe_cache, settings_of
 from transferkit.training.forward import Criterion
 from transferkit.training.head_start import HeadStart
 from transferkit.training.loading import Balance, BatchTransform, Loading
+from transferkit.training.losses import NanPolicy
 from transferkit.training.optimizers import OptimizerFactory
 from transferkit.training.phases import Phase, ResolvedPhase, resolve_phases, spread_epochs
+from transferkit.training.precision import Precision
 from transferkit.training.recipes import Recipe
 from transferkit.training.schedulers import Schedule, SchedulerFactory
 from transferkit.training.settings import name_of
@@ -60,9 +63,19 @@ class Job:
     average: WeightAverage | None
     wise_ft: bool
     memory_format: torch.memory_format
+    precision: Precision
+    accumulate: int
+    clip_norm: float | None
+    nan_policy: NanPolicy
+    checkpoints: Checkpoints | None
     seed: int
     device: torch.device
     given: frozenset[str]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """The number of optimizer updates in an epoch."""
+        return -(-len(self.train_loader) // self.accumulate)
 
     def updates(self) -> Updates:
         """Return a new optimizer with its schedules, not built yet."""
@@ -148,6 +161,12 @@ def describe_job(
             "average": None if job.average is None else job.average.average.to_dict(),
             "wise_ft": job.wise_ft,
             "solver": job.solver,
+            "cache": describe_cache(job.cache),
+            "precision": job.precision.name,
+            "channels_last": job.memory_format is torch.channels_last,
+            "accumulate": job.accumulate,
+            "clip_norm": job.clip_norm,
+            "nan_policy": job.nan_policy,
             "seed": job.seed,
             "device": str(job.device),
             "backbone": job.model.backbone_name,

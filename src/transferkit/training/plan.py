@@ -245,7 +245,7 @@ def _plan_phase(
     model = job.model.freeze(phase.freeze_plan).train()
     split = find_split(job, epochs=phase.phase.epochs)
     is_solved = job.solves(phase)
-    steps_per_epoch = 0 if is_solved else len(job.train_loader)
+    steps_per_epoch = 0 if is_solved else job.steps_per_epoch
     steps, lrs = ((), {}) if is_solved else _trace_rates(updates, phase, steps_per_epoch)
     num_trainable = count(model, phase.trainable)
     num_images = held.add(job, phase, split)

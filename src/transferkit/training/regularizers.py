@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -53,12 +53,15 @@ class L2SP:
 
     def __init__(self, model: Classifier, trainable: Collection[str], *, strength: float) -> None:
         self.strength: float = check_strength(strength, name="strength")
-        self._pairs: list[tuple[nn.Parameter, Tensor]] = [
-            (parameter, parameter.detach().clone())
+        self._parameters: dict[str, nn.Parameter] = {
+            name: parameter
             for name, parameter in model.named_parameters()
             if name.startswith(_PREFIX) and name in trainable
-        ]
-        if not self._pairs:
+        }
+        self._starts: dict[str, Tensor] = {
+            name: parameter.detach().clone() for name, parameter in self._parameters.items()
+        }
+        if not self._starts:
             raise ConfigError(
                 "`l2_sp` keeps the backbone near the weights that it starts from, but no parameter "
                 "of the backbone trains. Leave it out, or unfreeze something of the backbone."
@@ -67,9 +70,18 @@ class L2SP:
     @torch.no_grad()
     def add_to_gradients(self) -> None:
         """Add the penalty's gradient, `strength * (w - w0)`, to all gradients that there are."""
-        for parameter, start in self._pairs:
+        for name, parameter in self._parameters.items():
             if parameter.grad is not None:
-                parameter.grad.add_(parameter - start, alpha=self.strength)
+                parameter.grad.add_(parameter - self._starts[name], alpha=self.strength)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the weights that the penalty pulls to."""
+        return dict(self._starts)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Pull to the weights that `state_dict` returned."""
+        for name, start in self._starts.items():
+            start.copy_(state[name])
 
 
 def check_strength(strength: float, *, name: str = "l2_sp") -> float:

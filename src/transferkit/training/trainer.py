@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from transferkit._checks import check_flag, check_type
+from transferkit._checks import check_flag, check_integer, check_type
 from transferkit._device import resolve_device
 from transferkit._files import check_writable
 from transferkit._seeding import check_seed
@@ -27,6 +27,12 @@ from transferkit.models import Classifier
 from transferkit.training.admission import admit, check_frozen_by_plan
 from transferkit.training.averaging import EMA, SWA, make_average
 from transferkit.training.callbacks import Callback, EpochLog, ProgressBar, check_callables
+from transferkit.training.checkpoints import (
+    Checkpoints,
+    Resume,
+    find_checkpoint,
+    make_checkpoints,
+)
 from transferkit.training.feed_choice import CacheChoice, check_cache
 from transferkit.training.fitting import Fit
 from transferkit.training.forward import Criterion
@@ -43,14 +49,17 @@ from transferkit.training.loading import (
     make_batch_transform,
     make_criterion,
 )
+from transferkit.training.losses import NanPolicy, check_nan_policy
 from transferkit.training.optimizers import OptimizerFactory
 from transferkit.training.phases import Phase
 from transferkit.training.plan import FitPlan, plan_fit
+from transferkit.training.precision import Precision
 from transferkit.training.recipes import Recipe
 from transferkit.training.regularizers import check_strength
 from transferkit.training.schedulers import Schedule, SchedulerFactory
 from transferkit.training.settings import RATES, resolve_recipe
 from transferkit.training.solving import Solver, check_solver
+from transferkit.training.steps import check_clip_norm
 
 
 class Trainer:
@@ -119,6 +128,17 @@ class Trainer:
         channels_last: Lay weights and images out with the channels last, which most networks
             run faster with and which changes results in the last bits only. Switch it off for
             a network of your own that calls `view` on its activations.
+        precision: What the network computes in: "fp32"; "bf16" or "fp16" where the device has
+            it; "auto" takes bfloat16 where there are instructions for it, else float32. The
+            weights stay float32.
+        accumulate: Batches whose gradients are summed up for one optimizer update, at least 1:
+            as large a batch, in less memory.
+        clip_norm: The largest norm of all gradients together, above 0; larger ones are scaled
+            down to it. None leaves them.
+        nan_policy: "raise" ends the fit at a loss that is not finite; a number lets so many
+            batches be left out, which `history.settings["nonfinite"]` lists.
+        checkpoints: The folder, or a `Checkpoints`, in which the fit keeps its state, so that
+            `fit(resume="auto")` can go on with it; None keeps none.
         verbose: Print a line for each epoch, and show a bar on a terminal.
 
     Raises:
@@ -174,6 +194,11 @@ class Trainer:
         on_error: OnError = "raise",
         max_skipped: float = DEFAULT_MAX_SKIPPED,
         channels_last: bool = True,
+        precision: str = "fp32",
+        accumulate: int = 1,
+        clip_norm: float | None = None,
+        nan_policy: NanPolicy = "raise",
+        checkpoints: Checkpoints | str | os.PathLike[str] | None = None,
         verbose: bool = True,
     ) -> None:
         given: dict[str, Any] = {
@@ -257,6 +282,11 @@ class Trainer:
             average=make_average(average),
             wise_ft=check_flag("wise_ft", wise_ft),
             memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+            precision=Precision(precision, self.device),
+            accumulate=check_integer("accumulate", accumulate, minimum=1),
+            clip_norm=check_clip_norm(clip_norm),
+            nan_policy=check_nan_policy(nan_policy),
+            checkpoints=make_checkpoints(checkpoints),
             seed=self.seed,
             device=self.device,
             given=frozenset(name for name, value in given.items() if value is not None),
@@ -268,9 +298,15 @@ class Trainer:
     @property
     def steps_per_epoch(self) -> int:
         """The number of optimizer updates in an epoch."""
-        return len(self._job.train_loader)
+        return self._job.steps_per_epoch
 
-    def fit(self, epochs: int | None = None, *, phases: Sequence[Phase] | None = None) -> History:
+    def fit(
+        self,
+        epochs: int | None = None,
+        *,
+        phases: Sequence[Phase] | None = None,
+        resume: Resume = False,
+    ) -> History:
         """Train, and put the weights of the best epoch back into the model.
 
         The fit starts from the model's present weights, with a new optimizer and schedule
@@ -279,27 +315,47 @@ class Trainer:
         epoch was completed, the model is as it was before. What is frozen afterwards is what
         was frozen in the last phase.
 
+        With `checkpoints`, the state is kept, also at Ctrl-C (SIGINT) and at SIGTERM, which ends
+        the program with the code 143 after that. A second signal ends the fit at once. A fit
+        that goes on gives what it would have given, bit for bit on the CPU, wherever it stopped
+        and however pictures are loaded. Signals are seen in the main thread only.
+
         Args:
             epochs: Passes over the training pictures, at least 1; None takes the recipe's.
                 Where the recipe has phases, they are shared out in their proportion.
             phases: The phases of the fit, in the place of the recipe's; each has its own
                 epochs.
+            resume: "auto" goes on from the newest checkpoint, or starts where there is none;
+                True demands one; a path goes on from that checkpoint; False starts anew, in a
+                folder without checkpoints of another fit.
 
         Returns:
             The history, which is also in `trainer.history`.
 
         Raises:
             ConfigError: `epochs` is out of range, or the phases do not fit model and optimizer.
+            CheckpointError: There is no checkpoint to go on from, or it is of another fit.
+            LossError: The loss is not finite.
+            OutputError: A checkpoint cannot be written.
             FreezeError: What a phase freezes or unfreezes is not there.
             FeatureError: Cached features are not those that the network gives.
             ImageError: A picture cannot be read; the message names its path.
         """
         resolved = make_phases(self._job, epochs, phases)
         options = admit(self._job, resolved, by_recipe=phases is None)
+        store, checkpoint = find_checkpoint(self._job.checkpoints, resume)
         self.history = History(settings=describe_job(self._job, resolved, options))
         self.should_stop = self.should_stop_phase = False
-        fit = Fit(self._job, resolved, self.history, notify=self._call, flags=self)
-        fit.run(start=not self._has_started)
+        fit = Fit(
+            self._job,
+            resolved,
+            self.history,
+            callbacks=self._callbacks,
+            notify=self._call,
+            flags=self,
+            store=store,
+        )
+        fit.run(start=not self._has_started, checkpoint=checkpoint)
         self._has_started = True
         return self.history
 

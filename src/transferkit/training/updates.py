@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from transferkit.errors import ConfigError
+from transferkit.errors import CheckpointError, ConfigError
 from transferkit.models import Classifier
 from transferkit.training.groups import Rates, regroup, set_option
 from transferkit.training.history import EpochRecord
@@ -167,11 +168,20 @@ class Updates:
             options=options,
         )
 
-    def step(self) -> None:
-        """Update the weights, then the learning rates where they go by the step."""
-        optimizer = self._built()
+    def step(self, scaler: torch.amp.GradScaler | None = None) -> None:
+        """Update the weights, then the learning rates where they go by the step.
+
+        Args:
+            scaler: What has scaled the gradients, and leaves the update out where they are not
+                finite; None where nothing has.
+        """
+        optimizer = self.built
         with self._warmed_up(optimizer):
-            optimizer.step()
+            if scaler is None:
+                optimizer.step()
+            else:
+                scaler.step(optimizer)
+                scaler.update()
         self._step += 1
         self._schedule.step("step")
 
@@ -181,26 +191,83 @@ class Updates:
 
     def zero_grad(self) -> None:
         """Clear the gradients of what trains."""
-        self._built().zero_grad(set_to_none=True)
+        self.built.zero_grad(set_to_none=True)
 
     @property
     def lr(self) -> float:
         """The learning rate of the first group, usually the head's, at the next step."""
-        return float(self._built().param_groups[0]["lr"]) * self._factor
+        return float(self.built.param_groups[0]["lr"]) * self._factor
 
     @property
     def lrs(self) -> dict[str, float]:
         """The learning rate of each group, by its name or place, at the next step."""
         return {
             str(group.get("name", place)): float(group["lr"]) * self._factor
-            for place, group in enumerate(self._built().param_groups)
+            for place, group in enumerate(self.built.param_groups)
         }
 
     @property
     def options(self) -> dict[str, Any]:
         """The options of the first group at the start of the phase, before its schedule."""
-        self._built()
+        _ = self.built  # An error of its own where there is none.
         return dict(self._starts[0][1])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the optimizer and of the phase's schedule, by parameter names."""
+        optimizer = self.built
+        names: dict[Tensor, str] = {each: name for name, each in self._model.named_parameters()}
+        scheduler = self._schedule.scheduler
+        return {
+            "step": self._step,
+            "groups": [
+                {key: value for key, value in group.items() if key != "params"}
+                | {"params": [names[each] for each in group["params"]]}
+                for group in optimizer.param_groups
+            ],
+            "state": {names[each]: state for each, state in optimizer.state.items()},
+            "scheduler": None if scheduler is None else scheduler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned, after `start_phase` of the same phase.
+
+        Raises:
+            CheckpointError: The optimizer holds other parameters, or is another one.
+        """
+        optimizer = self.built
+        names = {parameter: name for name, parameter in self._model.named_parameters()}
+        found = [[names[each] for each in group["params"]] for group in optimizer.param_groups]
+        wanted = [group["params"] for group in state["groups"]]
+        if found != wanted:
+            raise CheckpointError(
+                f"The checkpoint's optimizer holds {len(wanted)} groups with "
+                f"{sum(map(len, wanted))} parameters, this one {len(found)} with "
+                f"{sum(map(len, found))}, or in another order. Resume with the same optimizer."
+            )
+        optimizer.load_state_dict(self._by_number(state, found))
+        self._starts = [
+            (group, options)
+            for group, (_, options) in zip(optimizer.param_groups, self._starts, strict=True)
+        ]
+        if self._schedule.scheduler is not None:
+            self._schedule.scheduler.load_state_dict(state["scheduler"])
+        self._step = state["step"]
+
+    def _by_number(self, state: dict[str, Any], names: list[list[str]]) -> dict[str, Any]:
+        """Return a state with PyTorch's numbers in the place of the parameters' names."""
+        numbers = {name: number for number, name in enumerate(itertools.chain(*names))}
+        groups = [
+            {**group, "params": [numbers[name] for name in group["params"]]}
+            for group in state["groups"]
+        ]
+        values = {
+            numbers[name]: {
+                key: _laid_out(value, self._model.get_parameter(name))
+                for key, value in each.items()
+            }
+            for name, each in state["state"].items()
+        }
+        return {"state": values, "param_groups": groups}
 
     def finish(self) -> None:
         """Put the rates back to where the phase found them, where a schedule of ours ran.
@@ -212,7 +279,18 @@ class Updates:
                 for name, value in options.items():
                     set_option(group, name, value)
 
-    def _built(self) -> Optimizer:
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What the optimizer updates."""
+        return [each for group in self.built.param_groups for each in group["params"]]
+
+    @property
+    def built(self) -> Optimizer:
+        """The optimizer.
+
+        Raises:
+            ConfigError: No phase has been started.
+        """
         if self.optimizer is None:
             raise ConfigError("No phase has been started: there is no optimizer yet.")
         return self.optimizer
@@ -239,6 +317,13 @@ class Updates:
         finally:
             for group, lr in before:
                 group["lr"] = lr
+
+
+def _laid_out(value: Any, parameter: nn.Parameter) -> Any:
+    """Return a parameter's momentum and the like in the layout of the parameter."""
+    if isinstance(value, Tensor) and value.shape == parameter.shape and value.dim():
+        return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+    return value
 
 
 def _stand_in(optimizer: Optimizer) -> Optimizer:
