@@ -152,8 +152,8 @@ def test_a_large_buffer_costs_no_page_faults(monkeypatch: pytest.MonkeyPatch) ->
     if not usual:
         pytest.skip("this system counts no page faults")
     with buffers_kept() as kept:
-        count_faults()
-        within = count_faults()
+        # A small buffer may come to lie where a large one was: then one more is mapped.
+        within = min(count_faults() for _ in range(4))
     assert kept is True
     assert within < usual / 10
     assert count_faults() > usual / 10

@@ -130,7 +130,7 @@ def test_options_of_the_cache_reach_the_trainer(
     train: Run, tiny_folder: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "features"
-    words = ["--views", "2", "--engine", "pytorch", "--precision", "float32"]
+    words = ["--views", "2", "--engine", "pytorch", "--feature-precision", "float32"]
     assert train(tiny_folder, *words, "--feature-folder", str(folder), "--epochs", "3") == 0
     features = settings_of(tmp_path)["features"]["probe"]
     assert (features["views"], features["cached"]) == (2, True)

@@ -3,6 +3,8 @@ from __future__ import annotations
 import copy
 import json
 import re
+import subprocess
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -415,3 +417,30 @@ def test_batch_size_of_few_images_in_openvino() -> None:
 
 def test_batch_sizes_are_multiples_of_the_first() -> None:
     assert all(size % engines.BATCH_SIZES[0] == 0 for size in engines.BATCH_SIZES)
+
+
+def test_signals_arrive_after_engines_that_ended() -> None:
+    pytest.importorskip("openvino", reason="OpenVINO is not installed")
+    program = """
+import faulthandler, os, signal
+import torch
+from transferkit.models.engines import make_engine
+
+faulthandler.enable()  # As pytest does: it sets the stack that OpenVINO replaces.
+engines = [
+    make_engine(torch.nn.Conv2d(3, 4, 3), engine="openvino", precision="float32",
+                device=torch.device("cpu"))
+    for _ in range(2)
+]
+for engine in engines:
+    engine(torch.zeros(1, 3, 8, 8))
+del engine
+while engines:
+    del engines[0]
+signal.signal(signal.SIGTERM, lambda *_: print("arrived"))
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=False
+    )
+    assert (result.returncode, result.stdout) == (0, "arrived\n"), result.stderr

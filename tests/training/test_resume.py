@@ -25,6 +25,7 @@ from transferkit.training import (
     list_optimizers,
     list_schedulers,
 )
+
 Make = Callable[..., Trainer]
 
 HEAD_THEN_ALL = [Phase("head", 2, freeze="backbone"), Phase("all", 2, unfreeze="all", lr=0.01)]

@@ -81,6 +81,8 @@ def add_train(commands: Any) -> None:
     _add_head(parser)
     _add_regularizers(parser)
     _add_cache(parser)
+    _add_updates(parser)
+    _add_checkpoints(parser)
     _add_loading(parser)
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--device", default="auto", help="default: %(default)s")
@@ -168,7 +170,7 @@ def _add_cache(parser: argparse.ArgumentParser) -> None:
         help="what computes cached features (default: pytorch)",
     )
     parser.add_argument(
-        "--precision",
+        "--feature-precision",
         choices=("float32", "bfloat16"),
         help="of cached features (default: float32)",
     )
@@ -179,6 +181,54 @@ def _add_cache(parser: argparse.ArgumentParser) -> None:
 
 def _views(text: str) -> int | str:
     return text if text == "epochs" else int(text)
+
+
+def _add_updates(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "bf16", "fp16", "auto"),
+        default="fp32",
+        help="what training computes in (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--accumulate",
+        type=int,
+        default=1,
+        metavar="N",
+        help="batches for one optimizer update (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--clip-norm", type=float, metavar="F", help="the largest norm of all gradients"
+    )
+    parser.add_argument(
+        "--nan-policy",
+        type=_nan_policy,
+        default="raise",
+        metavar="N",
+        help='how many batches whose loss is not finite may be left out, or "raise" '
+        "(default: %(default)s)",
+    )
+
+
+def _nan_policy(text: str) -> int | str:
+    return text if text == "raise" else int(text)
+
+
+def _add_checkpoints(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--checkpoints", type=Path, metavar="DIR", help="keep the state of the fit there"
+    )
+    parser.add_argument(
+        "--checkpoint-steps",
+        type=int,
+        metavar="N",
+        help="also after every N optimizer updates, not only after each epoch",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the newest checkpoint in --checkpoints, where there is one",
+    )
 
 
 def _add_loading(parser: argparse.ArgumentParser) -> None:
@@ -212,7 +262,7 @@ def run_train(options: argparse.Namespace) -> int:
         plan = trainer.plan(options.epochs, verbose=False)
         print(json.dumps(plan.to_dict(), indent=2) if options.json else plan)
         return EXIT_OK
-    history = trainer.fit(options.epochs)
+    history = trainer.fit(options.epochs, resume="auto" if options.resume else False)
     return _finish_training(trainer, history, options)
 
 
@@ -231,7 +281,8 @@ def _make_trainer(data: Any, options: argparse.Namespace, cache: Any) -> Any:
     same = (
         "recipe", "optimizer", "lr", "backbone_lr_factor", "stage_lr_factor", "scheduler",
         "batch_size", "augmentation", "batch_augmentation", "balance", "head_start", "solver",
-        "label_smoothing", "l2_sp", "wise_ft", "on_error", "seed", "device",
+        "label_smoothing", "l2_sp", "wise_ft", "on_error", "seed", "device", "precision",
+        "accumulate", "clip_norm", "nan_policy",
     )  # fmt: skip
     return tk.Trainer(
         model,
@@ -239,9 +290,23 @@ def _make_trainer(data: Any, options: argparse.Namespace, cache: Any) -> Any:
         **{name: getattr(options, name) for name in same},
         average=_average(options),
         cache=cache,
+        checkpoints=_checkpoints(options),
         num_workers=options.workers,
         verbose=not options.json,
     )
+
+
+def _checkpoints(options: argparse.Namespace) -> Any:
+    """Return where checkpoints are kept; options that would be ignored are an error."""
+    import transferkit as tk
+
+    if options.checkpoints is not None:
+        return tk.Checkpoints(folder=options.checkpoints, every_steps=options.checkpoint_steps)
+    if options.checkpoint_steps is not None:
+        raise ConfigError("--checkpoint-steps needs a folder for them: --checkpoints DIR.")
+    if options.resume:
+        raise ConfigError("--resume needs the folder of the checkpoints: --checkpoints DIR.")
+    return None
 
 
 def _average(options: argparse.Namespace) -> Any:
@@ -256,7 +321,7 @@ def _cache(options: argparse.Namespace) -> Any:
     """Return how features are cached; options that would be ignored are an error."""
     import transferkit as tk
 
-    names = {"views": "views", "engine": "engine", "precision": "precision"}
+    names = {"views": "views", "engine": "engine", "feature_precision": "precision"}
     names |= {"feature_folder": "folder"}
     given = {
         name: getattr(options, option)

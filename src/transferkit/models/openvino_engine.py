@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import warnings
 from typing import Any
@@ -17,6 +18,17 @@ from transferkit.models.engine_facts import describe_processor, one_tensor
 _NUM_TRACED, _NUM_COMPARED = 2, 3
 _HINTS = {"float32": "f32", "bfloat16": "bf16"}
 _TOLERANCES = {"float32": 1e-4, "bfloat16": 0.1}
+
+
+@functools.cache
+def _core() -> Any:
+    """Return the one core of this process, which stays.
+
+    A core takes the alternate stack of the thread's signal handlers, and frees it at its end.
+    Of two that end in the order in which they began, the last leaves the thread with a stack
+    that is not there any more, and the next signal ends the process.
+    """
+    return import_openvino().Core()
 
 
 class OpenVINOEngine:
@@ -72,7 +84,7 @@ class OpenVINOEngine:
                 "INFERENCE_NUM_THREADS": torch.get_num_threads(),
                 "PERFORMANCE_HINT": "LATENCY",  # All threads at one batch.
             }
-            compiled = self._openvino.Core().compile_model(converted, "CPU", options)
+            compiled = _core().compile_model(converted, "CPU", options)
         except Exception as error:  # Its parts raise many classes.
             lines = str(error).splitlines() or [type(error).__name__]
             raise BackboneError(

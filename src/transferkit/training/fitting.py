@@ -462,6 +462,8 @@ class Fit:
             job.val_loader.close()
             history.skipped = self.list_skipped()
             history.seconds = self._seconds()
+            if self.losses.skipped:
+                history.settings["nonfinite"] = self.losses.skipped
             self._notify("on_fit_end", history)
         if self._interruption.number is signal.SIGTERM:
             raise SystemExit(exit_code(signal.SIGTERM))
