@@ -193,7 +193,8 @@ def test_large_networks_have_their_head_where_the_spec_says(name: str) -> None:
     with WithoutMemory():
         network, num_features = get_backbone(name).build_features()
     parameters = sum(each.numel() for each in network.parameters())
-    assert num_parameters(name) - parameters == (num_features + 1) * 1000
+    # The head of some has no bias.
+    assert num_parameters(name) - parameters in (num_features * 1000, (num_features + 1) * 1000)
     size = image_size(name)
     with torch.inference_mode():
         features = network.to("meta").eval()(torch.empty(2, 3, size, size, device="meta"))
