@@ -45,7 +45,7 @@ from transferkit.training.losses import LossWatch
 from transferkit.training.phases import ResolvedPhase
 from transferkit.training.regularizers import L2SP
 from transferkit.training.solving import Fitted, solve_head
-from transferkit.training.steps import Stepper
+from transferkit.training.steps import Stepper, Updated
 from transferkit.training.updates import Updates
 
 Notify: TypeAlias = "Callable[..., None]"
@@ -254,7 +254,8 @@ class Fit:
         """Do the updates of an epoch that are left, with a checkpoint where one is due."""
         progress = self.progress
         stepper = Stepper(self.job, feed, self.updates, self.penalty, self.losses)
-        for updated in stepper.run(epoch, start=progress.place.batch, mean=mean):
+        updates = stepper.run(epoch, start=progress.place.batch, mean=mean)
+        for updated in self._until_workers_end(updates):
             progress.place = Place(epoch, updated.next_batch)
             progress.seconds = time.perf_counter() - started
             if updated.num_trained:
@@ -265,6 +266,15 @@ class Fit:
             every = None if self._store is None else self._store.settings.every_steps
             if every is not None and progress.step % every == 0:
                 self._save()
+
+    def _until_workers_end(self, updates: Iterator[Updated]) -> Iterator[Updated]:
+        """Iterate; where a signal has ended the workers before their next batch, end the fit."""
+        try:
+            yield from updates
+        except RuntimeError as error:
+            if self._interruption.number is not None and "DataLoader worker" in str(error):
+                raise Interrupted(self._interruption.number) from error
+            raise
 
     def _evaluate(self, feed: Feed) -> Evaluation:
         average = self.job.average

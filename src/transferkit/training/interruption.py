@@ -81,11 +81,20 @@ class Interruption:
         noted = signal.Signals(number)
         if self.number is None:
             self.number = noted
+            self._let_workers_die()
             return
         self._stop_listening()
         if noted is signal.SIGTERM:
             raise SystemExit(exit_code(noted))
         raise KeyboardInterrupt
+
+    def _let_workers_die(self) -> None:
+        """Let worker processes, which got the signal as well, end without an error in a step."""
+        if hasattr(signal, "SIGCHLD"):
+            before = signal.getsignal(signal.SIGCHLD)
+            if before is not None:
+                self._before[signal.SIGCHLD] = before
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def _stop_listening(self) -> None:
         for number, before in self._before.items():
