@@ -24,6 +24,7 @@ __all__ = [
     "MissingDependencyError",
     "OutOfMemoryError",
     "OutputError",
+    "ProcessError",
     "TransferkitError",
     "UnknownNameError",
     "WeightsError",
@@ -80,6 +81,10 @@ class OutOfMemoryError(TransferkitError, MemoryError):
 
 class OutputError(TransferkitError, OSError):
     """A result cannot be written."""
+
+
+class ProcessError(TransferkitError, RuntimeError):
+    """Another of the processes that train together has failed."""
 
 
 class MissingDependencyError(TransferkitError, ImportError):

@@ -52,6 +52,8 @@ class ImageLoader:
             out of its batch and lists it in `skipped`. It is never replaced by another.
         max_skipped: The share of pictures, in [0, 1], beyond which skipping is an error.
         pin_memory: Put batches into page-locked memory, for a faster copy to a GPU.
+        part: Of each batch give only one part, by its number from 0 and their number, as for
+            one of several processes; a part without pictures is left out.
 
     Raises:
         ConfigError: A value cannot work.
@@ -82,6 +84,7 @@ class ImageLoader:
         on_error: OnError = "raise",
         max_skipped: float = DEFAULT_MAX_SKIPPED,
         pin_memory: bool = False,
+        part: tuple[int, int] = (0, 1),
     ) -> None:
         check_type("dataset", dataset, ImageDataset, "an ImageDataset")
         batch_size = check_integer("batch_size", batch_size, minimum=1)
@@ -102,6 +105,7 @@ class ImageLoader:
             shuffle=shuffle,
             balanced=balanced,
             seed=check_seed(seed),
+            part=part,
         )
         self._cache: PixelCache | None = None
         self._workers: Workers | None = None

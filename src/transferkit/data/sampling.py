@@ -41,6 +41,7 @@ class EpochSampler:
         shuffle: Draw a new order each epoch.
         balanced: Show each class equally often.
         seed: Rules the order together with the epoch.
+        part: Which part of each batch to give, from 0, and of how many; a part may be empty.
     """
 
     def __init__(
@@ -51,7 +52,9 @@ class EpochSampler:
         shuffle: bool,
         balanced: bool,
         seed: int,
+        part: tuple[int, int] = (0, 1),
     ) -> None:
+        self.part: tuple[int, int] = part
         self.targets: npt.NDArray[np.int64] = targets
         self.batch_size: int = batch_size
         self.shuffle: bool = shuffle
@@ -65,7 +68,8 @@ class EpochSampler:
         """Yield the keys of each batch of an epoch from batch number `start` on."""
         indices, repeats = self.order(epoch)
         for first in range(start * self.batch_size, len(indices), self.batch_size):
-            part = slice(first, first + self.batch_size)
+            size = min(self.batch_size, len(indices) - first)
+            part = part_of(range(first, first + size), self.part)
             yield [
                 Key(epoch, index, repeat)
                 for index, repeat in zip(
@@ -83,6 +87,22 @@ class EpochSampler:
         if self.shuffle:
             indices = rng.permutation(indices)
         return indices, np.zeros(count, dtype=np.int64)
+
+
+def part_of(places: range, part: tuple[int, int]) -> slice:
+    """Return the part of a run of places that one of several processes takes.
+
+    Args:
+        places: The places, one after the other.
+        part: Which part, from 0, and of how many.
+
+    Example:
+        >>> [part_of(range(10, 15), (number, 2)) for number in range(2)]
+        [slice(10, 12, None), slice(12, 15, None)]
+    """
+    number, count = part
+    first, last = (places.start + len(places) * each // count for each in (number, number + 1))
+    return slice(first, last)
 
 
 def balanced_order(targets: npt.NDArray[np.int64], rng: np.random.Generator) -> Order:

@@ -84,6 +84,17 @@ class RunningMean:
         self._loss.copy_(state["loss"])
         self._hits.copy_(state["hits"])
 
+    def sum_up(self, add: Callable[[Tensor], Tensor]) -> None:
+        """Make the sums those of several processes.
+
+        Args:
+            add: Sums a tensor over the processes, in place, and returns it.
+        """
+        count = torch.tensor(self.num_images, device=self._loss.device)
+        self.num_images = int(add(count))
+        add(self._loss)
+        add(self._hits)
+
     @property
     def loss(self) -> float:
         """The mean loss over all images added."""
@@ -103,6 +114,7 @@ def evaluate_model(
     criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
     memory_format: torch.memory_format = torch.preserve_format,
     logits_of: Callable[[Tensor], Tensor] | None = None,
+    gather: Callable[[RunningMean, Tensor], None] | None = None,
 ) -> Evaluation:
     """Evaluate a model on batches.
 
@@ -116,6 +128,8 @@ def evaluate_model(
         memory_format: The layout that images are brought into.
         logits_of: Maps what the batches hold to logits `(N, C)`, where that is not images;
             None takes the model.
+        gather: Makes the sums, and the confusion int64 `(C, C)`, those of several processes,
+            each with batches of its own; called when all batches are through.
 
     Returns:
         The numbers, each image counted once whatever the batches' sizes.
@@ -126,6 +140,7 @@ def evaluate_model(
     criterion = criterion or nn.CrossEntropyLoss()
     device = next(model.parameters()).device
     mean = RunningMean(device)
+    confusion = torch.zeros(len(class_names), len(class_names), dtype=torch.int64)
     pairs: list[tuple[Tensor, Tensor]] = []
     with evaluating(model), torch.no_grad():
         for batch in batches:
@@ -134,13 +149,19 @@ def evaluate_model(
             logits = model(images) if logits_of is None else logits_of(images)
             mean.add(criterion(logits, targets), logits, targets)
             pairs.append((logits.argmax(dim=1), targets))
+    if pairs:
+        predictions, all_targets = (torch.cat(each) for each in zip(*pairs, strict=True))
+        confusion += torch.from_numpy(
+            confusion_matrix(predictions, all_targets, num_classes=len(class_names))
+        )
+    if gather is not None:
+        gather(mean, confusion)
     if not mean.num_images:
         raise DataError("There is nothing to evaluate: the batches hold no images.")
-    predictions, all_targets = (torch.cat(each) for each in zip(*pairs, strict=True))
     return Evaluation(
         loss=mean.loss,
         accuracy=mean.accuracy,
         num_images=mean.num_images,
         class_names=class_names,
-        confusion=confusion_matrix(predictions, all_targets, num_classes=len(class_names)),
+        confusion=confusion.numpy(),
     )

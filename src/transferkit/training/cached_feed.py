@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from transferkit.data import Batch, ImageLoader, ImageSplits
+from transferkit.data.sampling import part_of
 from transferkit.errors import DataError, FeatureError
 from transferkit.images import Augmentation
 from transferkit.models import Classifier
@@ -65,6 +66,7 @@ class CachedFeed:
         self._split = split
         self._settings = settings
         self._loading = loading
+        self._world = loading.world
         self._order = order
         self._data = {"train": data.train, "val": data.val}
         self._augmentation = augmentation
@@ -97,14 +99,21 @@ class CachedFeed:
         if self._settings.views == "epochs":
             yield from self._stream(epoch, start)
             return
-        self._compare("train", self._number(epoch), count=1)
         order, repeats = (torch.from_numpy(each) for each in self._order.order(epoch))
+        # All views first, in which several processes work together.
+        for repeat in range(int(repeats.max()) + 1):
+            self.view("train", self._number(epoch, repeat))
+        self._compare("train", self._number(epoch), count=1)
         size = self._loading.batch_size
         for number in range(start, self.num_batches):
-            part = slice(number * size, (number + 1) * size)
+            part = self._part(number * size, min(len(order), (number + 1) * size))
             values, valid = self._rows(order[part], repeats[part], epoch)
             if bool(valid.any()):
                 yield number, self._batch("train", values[valid], order[part][valid])
+
+    def _part(self, first: int, end: int) -> slice:
+        """Return this process's part of a batch's places."""
+        return part_of(range(first, end), (self._world.rank, self._world.size))
 
     def _number(self, epoch: int, repeat: int = 0) -> int:
         """Return the number of the view that an epoch shows; 0 is the evaluation view."""
@@ -129,6 +138,9 @@ class CachedFeed:
 
     def _stream(self, epoch: int, start: int) -> Iterator[tuple[int, Batch]]:
         """Compute an epoch's own views in large batches and give them out in small ones."""
+        if not self._world.is_alone:
+            yield from self._stream_part(epoch, start)
+            return
         size = self._loading.batch_size
         rows, indices, number = list[Tensor](), list[int](), start
         for place, index, value in self._activations(epoch, start * size):
@@ -140,6 +152,15 @@ class CachedFeed:
             indices.append(index)
         if rows:
             yield number, self._batch("train", torch.stack(rows), torch.tensor(indices))
+
+    def _stream_part(self, epoch: int, start: int) -> Iterator[tuple[int, Batch]]:
+        """Compute this process's part of each batch of an epoch."""
+        engine, loader = self._started(), self._loader("train")
+        for number, batch in loader.numbered_batches(epoch=epoch, start=start):
+            values = engine(batch.images).cpu()
+            if number == start:
+                self._compare_rows(values[:1], batch.images[:1], f"item {int(batch.indices[0])}")
+            yield number, self._batch("train", values, batch.indices)
 
     def _activations(self, epoch: int, first: int) -> Iterator[tuple[int, int, Tensor]]:
         """Yield places in the epoch's order from `first` on, pictures and their activations."""
@@ -165,8 +186,11 @@ class CachedFeed:
         view = self.view("val", 0)
         places = torch.arange(len(view.valid))[view.valid]
         # In the batches of live validation, on which some criteria depend.
-        for indices in torch.split(places, self._loading.batch_size):
-            yield self._batch("val", view.values[indices], indices)
+        size = self._loading.batch_size
+        for first in range(0, len(places), size):
+            indices = places[self._part(first, min(len(places), first + size))]
+            if len(indices):
+                yield self._batch("val", view.values[indices], indices)
 
     def logits(self, inputs: Tensor) -> Tensor:
         """Run the rest of the network."""
@@ -229,11 +253,14 @@ class CachedFeed:
         if place not in self._views:
             key = self._key(split, number) if self._store.folder is not None else None
             view = self._store.load(key) if key is not None else None
+            (num_found,) = self._world.agree([int(view is not None)])
+            if num_found < self._world.size:
+                view = None  # All compute it together.
             if view is None:
                 view = self._compute(split, number)
                 self._views[place] = view
                 self._compare(split, number, count=NUM_COMPARED)
-                if key is not None:
+                if key is not None and self._world.is_first:
                     self._store.keep(key, view)
             else:
                 self._views[place] = view
@@ -249,8 +276,18 @@ class CachedFeed:
             self._loaders[split].close()
 
     def _compute(self, split: str, number: int) -> StoredView:
+        """Compute a view, each process its part of the pictures."""
+        world = self._world
+        view = world.together(lambda: self._compute_part(split, number))
+        world.sum(view.values)
+        view.valid.copy_(world.sum(view.valid.int()) > 0)
+        if not bool(view.valid.any()):
+            raise DataError(f"No picture of the {split} split can be read.")
+        return view
+
+    def _compute_part(self, split: str, number: int) -> StoredView:
         engine, loader = self._started(), self._loader(split)
-        view: StoredView | None = None
+        view = None if self._world.is_alone else self._allocate(split)
         bar = tqdm(
             total=len(loader.dataset),
             desc=f"features {split}" + (f" view {number}" if number else ""),
@@ -267,9 +304,14 @@ class CachedFeed:
                 view.values[batch.indices] = values
                 view.valid[batch.indices] = True
                 bar.update(len(values))
-        if view is None:
-            raise DataError(f"No picture of the {split} split can be read.")
-        return view
+        return self._allocate(split) if view is None else view
+
+    def _allocate(self, split: str) -> StoredView:
+        """Return room for a view, also in a process that has no picture to learn its shape from."""
+        size = self._model.preprocess.crop_size
+        image = torch.zeros(1, self._model.preprocess.num_channels, size, size)
+        shape = tuple(self._started()(image).shape[1:])
+        return self._store.allocate(len(self._data[split]), shape)
 
     def _compare(self, split: str, number: int, *, count: int) -> None:
         """Compute a sample of a view anew, by the network as it is now, and compare."""
@@ -278,7 +320,7 @@ class CachedFeed:
         first = self._num_compared
         self._num_compared += count
         chosen = sorted({valid[(first + place) * 7919 % len(valid)] for place in range(count)})
-        batch = self._loader(split).read(chosen, epoch=number)
+        batch = self._world.together(lambda: self._loader(split).read(chosen, epoch=number))
         name = self._data[split].name_of(chosen[0])
         self._compare_rows(view.values[batch.indices], batch.images, name)
 
@@ -313,7 +355,8 @@ class CachedFeed:
                 shuffle=streams,
                 balanced=streams and self._order.balanced,
                 cache_share=1.0 if is_augmented and views != 1 else 0.0,
-                batch_size=self._batch_size,
+                batch_size=self._batch_size if not streams or self._world.is_alone else None,
+                is_shared=True,
             )
         return self._loaders[split]
 

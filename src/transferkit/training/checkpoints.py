@@ -15,6 +15,7 @@ from transferkit._checks import check_flag, check_integer, check_path, check_typ
 from transferkit._files import TEMPORARY_PREFIX, make_folder
 from transferkit.artifacts.format import FileKind, read_file, write_file
 from transferkit.errors import CheckpointError, ConfigError, OutputError
+from transferkit.training.distributed import World
 
 CHECKPOINT = FileKind("a checkpoint", "transferkit_checkpoint", 1, CheckpointError, "Trainer.fit")
 
@@ -266,13 +267,14 @@ class CheckpointStore:
 
 
 def find_checkpoint(
-    checkpoints: Checkpoints | None, resume: Resume
+    checkpoints: Checkpoints | None, resume: Resume, world: World
 ) -> tuple[CheckpointStore | None, Checkpoint | None]:
     """Return where a fit keeps its checkpoints, and the one that it goes on from.
 
     Args:
         checkpoints: The settings; None keeps none.
         resume: As for `Trainer.fit`.
+        world: The processes that train together: all go on from what the first one finds.
 
     Raises:
         ConfigError: `resume` needs a folder that there is not, or a new fit would replace an
@@ -284,24 +286,31 @@ def find_checkpoint(
         raise ConfigError(
             f'`resume` should be "auto", True, False or the path of a checkpoint, found {resume!r}.'
         )
-    is_path = not isinstance(resume, bool) and resume != "auto"
-    if checkpoints is None:
-        if resume and not is_path:
-            raise ConfigError(
-                f"resume={resume!r} needs a folder with checkpoints. Name one: "
-                f'Trainer(..., checkpoints="runs/ants").'
-            )
-        return None, read_checkpoint(resume) if is_path else None  # type: ignore[arg-type]
-    store = CheckpointStore(checkpoints)
-    if is_path:
-        return store, read_checkpoint(resume)  # type: ignore[arg-type]
+    if checkpoints is None and (resume is True or resume == "auto"):
+        raise ConfigError(
+            f"resume={resume!r} needs a folder with checkpoints. Name one: "
+            f'Trainer(..., checkpoints="runs/ants").'
+        )
+    store = None if checkpoints is None else CheckpointStore(checkpoints)
+    found = world.together(lambda: _find(store, resume) if world.is_first else None)
+    path = world.share(None if found is None else found.path)
+    if path is not None and not world.is_first:
+        found = read_checkpoint(path)
+    return store, found
+
+
+def _find(store: CheckpointStore | None, resume: Resume) -> Checkpoint | None:
+    if not isinstance(resume, bool) and resume != "auto":
+        return read_checkpoint(resume)
+    if store is None:
+        return None
     if not resume:
         store.check_unused()
-        return store, None
+        return None
     checkpoint = read_newest(store.folder)
     if checkpoint is None and resume is True:
         raise CheckpointError(
             f"resume=True, and there is no checkpoint in `{store.folder}`. Pass "
             f'resume="auto" to start where there is none.'
         )
-    return store, checkpoint
+    return checkpoint

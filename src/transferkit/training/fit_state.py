@@ -16,6 +16,7 @@ from torch import Tensor
 from transferkit.data import ImageDataset, ImageSplits
 from transferkit.data.paths import PathArray
 from transferkit.errors import CheckpointError
+from transferkit.evaluation.evaluate import RunningMean
 from transferkit.models import Classifier
 from transferkit.training.checkpoints import START, Checkpoint, Place
 from transferkit.training.history import EpochRecord, History
@@ -52,11 +53,15 @@ class Progress:
     batch_sizes: dict[str, int] = field(default_factory=dict)
 
 
-def capture(fit: Fit) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def capture(
+    fit: Fit, mean: RunningMean | None, *, elapsed: float
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the state of a fit as JSON data and tensors, which are those of the fit.
 
     Args:
         fit: The fit, between two updates.
+        mean: What the running epoch gave so far.
+        elapsed: The duration of the fit so far.
 
     Raises:
         CheckpointError: Something in the state is no plain data.
@@ -64,10 +69,10 @@ def capture(fit: Fit) -> tuple[dict[str, Any], dict[str, Tensor]]:
     job, progress = fit.job, fit.progress
     average = job.average
     parts: dict[str, Any] = {
-        "progress": asdict(progress) | {"place": list(progress.place)},
+        "progress": asdict(progress) | {"place": list(progress.place), "elapsed": elapsed},
         "history": asdict(fit.history) | {"skipped": fit.list_skipped()},
         "model": changing(job.model, fit.trainable),
-        "mean": None if fit.mean is None else fit.mean.state_dict(),
+        "mean": None if mean is None else mean.state_dict(),
         "updates": None if fit.updates.optimizer is None else fit.updates.state_dict(),
         "average": None if average is None else average.state_dict(),
         "best": fit.best.state_dict(is_present=fit.is_best_present),

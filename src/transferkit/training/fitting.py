@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -98,7 +99,7 @@ class Fit:
         self.before_finetuning: dict[str, torch.Tensor] | None = None
         self.mean: RunningMean | None = None
         self._cached: CachedFeed | None = None
-        self._notify = notify
+        self._call = notify
         self._flags = flags
         self._store = store
         self._interruption = Interruption()
@@ -142,15 +143,21 @@ class Fit:
                     self._save()
                     raise
 
+    def _notify(self, event: str, *arguments: Any) -> None:
+        """Call the callbacks, in the first process; an error of theirs ends all."""
+        world = self.job.world
+        world.together(lambda: self._call(event, *arguments) if world.is_first else None)
+
     def _begin(self, *, start: bool) -> None:
         job = self.job
         self._notify("on_fit_start", self.phases[-1].epochs[-1])
         self.history.settings["head_start"] = (
             start_head(job.head_start, job.model, job.data, job.loading) if start else None
         )
+        job.world.share_weights(job.model)
         if job.l2_sp:
             self.penalty = L2SP(job.model, self.trainable, strength=job.l2_sp)
-        if self._store is not None:
+        if self._store is not None and job.world.is_first:
             self._store.begin()
 
     def _go_on(self, checkpoint: Checkpoint) -> None:
@@ -159,9 +166,10 @@ class Fit:
         if job.l2_sp:
             self.penalty = L2SP(job.model, self.trainable, strength=job.l2_sp)
         self._resumed = restore(self, checkpoint)
-        if self._store is not None:
+        if self._store is not None and job.world.is_first:
             self._store.begin(checkpoint.data.get("best_checkpoint"))
-        self._skipped += self.history.skipped
+        if job.world.is_first:
+            self._skipped += self.history.skipped
         self._notify("on_fit_start", self.phases[-1].epochs[-1])
         running = self.progress.phase
         if running is None:
@@ -188,6 +196,8 @@ class Fit:
             self._save()  # A callback ended it in the middle: it can be gone on with.
             return
         self.best.restore()
+        for each in self.job.world.gather(self.list_skipped()):
+            self._skipped += each
         if not progress.is_over:
             if self.job.wise_ft:
                 self._interpolate()
@@ -217,6 +227,7 @@ class Fit:
             else:
                 self._hand_out_states()
             for epoch in range(progress.place.epoch, phase.epochs[-1] + 1):
+                self._interruption.agree(job.world)
                 self._interruption.check()
                 record = self._run_epoch(epoch, phase, feed)
                 if not self._end_epoch(record, phase):
@@ -237,12 +248,15 @@ class Fit:
         self._notify("on_epoch_start", epoch)
         self.mean = RunningMean(self.job.device)
         if self._resumed is not None and self._resumed["mean"] is not None:
-            self.mean.load_state_dict(self._resumed["mean"])
+            if self.job.world.is_first:  # Which begins with the sums of all.
+                self.mean.load_state_dict(self._resumed["mean"])
         else:
             progress.lr, progress.step = self.updates.lr, 0
         self._resumed = None
         self._train(epoch, feed, self.mean, start)
         self._interruption.check()
+        self.mean.sum_up(self.job.world.sum)
+        self.job.world.average_statistics(self.job.model)
         with self._averaged(epoch, phase, feed):
             evaluation = self._evaluate(feed)
             record = self._record(epoch, phase, self.mean, evaluation, lr=progress.lr, start=start)
@@ -253,6 +267,7 @@ class Fit:
     def _train(self, epoch: int, feed: Feed, mean: RunningMean, started: float) -> None:
         """Do the updates of an epoch that are left, with a checkpoint where one is due."""
         progress = self.progress
+        every = None if self._store is None else self._store.settings.every_steps
         stepper = Stepper(self.job, feed, self.updates, self.penalty, self.losses)
         updates = stepper.run(epoch, start=progress.place.batch, mean=mean)
         for updated in self._until_workers_end(updates):
@@ -262,8 +277,8 @@ class Fit:
                 progress.step += 1
                 self.is_best_present = False
                 self._notify("on_step_end", progress.step)
+            self._interruption.agree(self.job.world)
             self._interruption.check()
-            every = None if self._store is None else self._store.settings.every_steps
             if every is not None and progress.step % every == 0:
                 self._save()
 
@@ -277,12 +292,18 @@ class Fit:
             raise
 
     def _evaluate(self, feed: Feed) -> Evaluation:
-        average = self.job.average
+        average, world = self.job.average, self.job.world
         batches = feed.val()
-        if average is None or average.interval == "step":
+        if world.is_alone and (average is None or average.interval == "step"):
             # Where the average has taken this epoch already, it cannot be evaluated once more.
             batches = self._interruption.checked(batches)
-        with self.job.precision.autocast():
+        with self.job.precision.autocast(), world.meeting() as meet:
+
+            def sum_up(mean: RunningMean, confusion: torch.Tensor) -> None:
+                meet()
+                mean.sum_up(world.sum)
+                world.sum(confusion)
+
             return evaluate_model(
                 feed.module,
                 batches,
@@ -290,6 +311,7 @@ class Fit:
                 criterion=self.job.criterion,
                 memory_format=self.job.memory_format,
                 logits_of=feed.logits,
+                gather=sum_up,
             )
 
     def _record(
@@ -319,6 +341,8 @@ class Fit:
         self.history.records.append(record)
         self.mean = None
         self._notify("on_epoch_end", record)
+        flags = (self._flags.should_stop, self._flags.should_stop_phase)
+        self._flags.should_stop, self._flags.should_stop_phase = self.job.world.share(flags)
         is_last = record.epoch == self.phases[-1].epochs[-1]
         ends_phase = self._flags.should_stop_phase or record.epoch == phase.epochs[-1]
         following = phase.epochs[-1] + 1 if ends_phase else record.epoch + 1
@@ -335,10 +359,23 @@ class Fit:
         if self._store is None or self._resumed is not None:
             return  # What is not gone on with yet stands in the last checkpoint.
         self.losses.finish()
-        self.progress.elapsed, before = self._seconds(), self.progress.elapsed
-        data, tensors = capture(self)
-        self.progress.elapsed = before
-        self._store.save(self.progress.place, data, tensors, is_best=is_best)
+        store, world = self._store, self.job.world
+        mean = self.mean_of_all()
+
+        def save() -> None:
+            if world.is_first:
+                data, tensors = capture(self, mean, elapsed=self._seconds())
+                store.save(self.progress.place, data, tensors, is_best=is_best)
+
+        world.together(save)
+
+    def mean_of_all(self) -> RunningMean | None:
+        """Return what the running epoch gave so far in all processes."""
+        if self.mean is None or self.job.world.is_alone:
+            return self.mean
+        mean = copy.deepcopy(self.mean)
+        mean.sum_up(self.job.world.sum)
+        return mean
 
     def _solve(self, phase: ResolvedPhase, feed: CachedFeed) -> bool:
         """Fit the head in closed form instead of epochs of steps."""
@@ -347,6 +384,7 @@ class Fit:
         self._resumed = None
         self._notify("on_epoch_start", epoch)
         mean, report = solve_head(self.job.model, feed, seed=self.job.seed)
+        self.job.world.share_weights(self.job.model)
         self.history.settings.setdefault("solver_reports", []).append(report)
         record = self._record(epoch, phase, mean, self._evaluate(feed), lr=0.0, start=start)
         self.is_best_present = self.best.offer(record)
@@ -405,11 +443,16 @@ class Fit:
                 data=job.data,
                 order=job.train_loader,
                 augmentation=job.augmentation,
-                check=self._interruption.check,
+                check=self._check_alone,
             )
             self._cached.prepare()
         self.progress.batch_sizes[phase.phase.name] = self._cached.batch_size
         return self._cached
+
+    def _check_alone(self) -> None:
+        """End a long pass at a signal, where no other process would wait for this one."""
+        if self.job.world.is_alone:
+            self._interruption.check()
 
     def _feature_settings(self, phase: ResolvedPhase) -> FeatureCache:
         """Return how features are cached: in a fit that goes on, in batches of the same size."""
@@ -474,7 +517,8 @@ class Fit:
             history.seconds = self._seconds()
             if self.losses.skipped:
                 history.settings["nonfinite"] = self.losses.skipped
-            self._notify("on_fit_end", history)
+            if job.world.is_first:  # Not all may have come here.
+                self._call("on_fit_end", history)
         if self._interruption.number is signal.SIGTERM:
             raise SystemExit(exit_code(signal.SIGTERM))
 

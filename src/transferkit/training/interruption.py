@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, TypeVar
 
+from transferkit.training.distributed import World
+
 _T = TypeVar("_T")
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -70,6 +72,14 @@ class Interruption:
         """
         if self.number is not None:
             raise Interrupted(self.number)
+
+    def agree(self, world: World) -> None:
+        """Take over what signal another of several processes got."""
+        if not world.is_alone:
+            own = [int(self.number is each) for each in _SIGNALS]
+            for each, count in zip(_SIGNALS, world.agree(own), strict=True):
+                if count:
+                    self.number = each
 
     def checked(self, items: Iterable[_T]) -> Iterator[_T]:
         """Iterate, with a check before each item."""

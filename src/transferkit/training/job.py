@@ -18,6 +18,7 @@ from transferkit.models import Classifier
 from transferkit.training.admission import shorten_solved, trains_whole_head_only
 from transferkit.training.averaging import WeightAverage
 from transferkit.training.checkpoints import Checkpoints
+from transferkit.training.distributed import World
 from transferkit.training.feed_choice import CacheChoice, describe_cache, settings_of
 from transferkit.training.forward import Criterion
 from transferkit.training.head_start import HeadStart
@@ -68,6 +69,7 @@ class Job:
     clip_norm: float | None
     nan_policy: NanPolicy
     checkpoints: Checkpoints | None
+    world: World
     seed: int
     device: torch.device
     given: frozenset[str]

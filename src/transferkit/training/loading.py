@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 import torch
@@ -23,6 +23,7 @@ from transferkit.data.loader import (
 from transferkit.errors import ConfigError
 from transferkit.images import Augmentation, Transform, decode_image, make_batch_augmentation
 from transferkit.models import Classifier
+from transferkit.training.distributed import World
 from transferkit.training.forward import Criterion
 
 BatchTransform: TypeAlias = "Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]"
@@ -54,6 +55,7 @@ class Loading:
     on_error: OnError
     max_skipped: float
     verbose: bool = False
+    world: World = field(default_factory=World)
 
     def __post_init__(self) -> None:
         check_integer("cache_bytes", self.cache_bytes, minimum=0)
@@ -69,6 +71,7 @@ class Loading:
         balanced: bool = False,
         cache_share: float = 0.0,
         batch_size: int | None = None,
+        is_shared: bool = False,
     ) -> ImageLoader:
         """Make a loader.
 
@@ -80,6 +83,7 @@ class Loading:
             balanced: Show each class equally often.
             cache_share: The part of the memory for kept pictures that it may use.
             batch_size: Pictures in a batch; None takes the fit's.
+            is_shared: Give this process's part of each batch only.
         """
         if dataset.decode is decode_image:
             dataset = dataset.with_decode(self.model.preprocess.decode)
@@ -96,6 +100,7 @@ class Loading:
             on_error=self.on_error,
             max_skipped=self.max_skipped,
             pin_memory=self.device.type == "cuda",
+            part=(self.world.rank, self.world.size) if is_shared else (0, 1),
         )
 
     def passes(
@@ -116,8 +121,10 @@ class Loading:
             shuffle=True,
             balanced=balanced,
             cache_share=share,
+            is_shared=True,
         )
-        return train, self.loader(data.val, preprocess.eval(), cache_share=1 - share)
+        val = self.loader(data.val, preprocess.eval(), cache_share=1 - share, is_shared=True)
+        return train, val
 
     def _choose_num_workers(self, num_images: int) -> int | Literal["auto"]:
         # A network that computes on the CPU has all cores busy, but for the gaps between its

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -65,34 +64,42 @@ class Stepper:
             start: The number of the first batch, from 0; a multiple of `accumulate`.
             mean: Takes losses and hits.
         """
-        size = self._job.accumulate
+        size, count = self._job.accumulate, self._feed.num_batches
         self._feed.module.train()
-        numbered = self._feed.train(epoch, start=start)
-        for group, batches in itertools.groupby(numbered, lambda pair: pair[0] // size):
-            num_trained = self._update(epoch, batches, mean)
-            yield Updated((group + 1) * size, num_trained)
+        batches = _Batches(self._feed.train(epoch, start=start), start)
+        for first in range(start, count, size):
+            end = min(first + size, count)
+            num_trained = self._update(epoch, batches.up_to(end), mean)
+            yield Updated(end, num_trained)
         self._losses.finish()
 
     def _update(self, epoch: int, batches: Iterable[tuple[int, Batch]], mean: RunningMean) -> int:
         """Sum up the gradients of some batches and update the weights; tell of how many."""
-        job, updates = self._job, self._updates
-        scaler = job.precision.scaler
-        num_trained, num_images = 0, 0
+        job, updates, world = self._job, self._updates, self._job.world
         updates.zero_grad()
-        for number, batch in batches:
-            loss = self._loss(epoch, number, batch, mean)
-            if loss is None:
-                continue
-            num_trained += 1
-            num_images += len(batch.indices)
-            # A sum over pictures, so that the batches together are as one large one.
-            scaled = loss if job.accumulate == 1 else loss * len(batch.indices)
-            (scaled if scaler is None else scaler.scale(scaled)).backward()  # type: ignore[no-untyped-call]
+        error: Exception | None = None
+        num_trained, num_images = 0, 0
+        try:
+            for number, batch in batches:
+                if self._add_gradients(epoch, number, batch, mean):
+                    num_trained += 1
+                    num_images += len(batch.indices)
+        except Exception as failed:
+            if world.is_alone:
+                raise
+            error = failed
+        if not world.is_alone:
+            counts = (num_trained, num_images, int(error is not None))
+            num_trained, num_images, num_failed = world.agree(counts)
+            if num_failed:
+                world.fail(error)
         if not num_trained:
             return 0
+        world.sum_gradients(updates.parameters)
+        scaler = job.precision.scaler
         if scaler is not None:
             scaler.unscale_(updates.built)
-        if job.accumulate > 1:
+        if self._sums:
             divide_gradients(updates.parameters, num_images)
         if self._penalty is not None:
             self._penalty.add_to_gradients()
@@ -103,10 +110,26 @@ class Stepper:
             job.average.update(job.model)
         return num_trained
 
+    @property
+    def _sums(self) -> bool:
+        """Whether gradients are sums over pictures, for the mean over several batches or parts."""
+        return self._job.accumulate > 1 or not self._job.world.is_alone
+
+    def _add_gradients(self, epoch: int, number: int, batch: Batch, mean: RunningMean) -> bool:
+        """Add a batch's gradients to those that there are; tell whether it was not left out."""
+        loss = self._loss(epoch, number, batch, mean)
+        if loss is None:
+            return False
+        if self._sums:
+            loss = loss * len(batch.indices)
+        scaler = self._job.precision.scaler
+        (loss if scaler is None else scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
+        return True
+
     def _loss(self, epoch: int, number: int, batch: Batch, mean: RunningMean) -> Tensor | None:
         """Return the loss of a batch; None where it is left out."""
         job = self._job
-        seed_torch(job.device, job.seed, epoch, number)
+        seed_torch(job.device, job.seed, epoch, number, *job.world.entropy)
         layout = job.memory_format if batch.images.dim() == 4 else torch.preserve_format
         batch = batch.to(job.device, memory_format=layout)
         inputs, targets, indices = batch
@@ -122,6 +145,26 @@ class Stepper:
             return None
         mean.add(loss, logits, targets)
         return loss
+
+
+class _Batches:
+    """Numbered batches, of which some numbers may lack, given out up to one number at a time."""
+
+    def __init__(self, numbered: Iterator[tuple[int, Batch]], start: int) -> None:
+        self._numbered = numbered
+        self._next = start
+        self._waiting: tuple[int, Batch] | None = None
+
+    def up_to(self, end: int) -> Iterator[tuple[int, Batch]]:
+        """Yield the batches below a number. No more are loaded than needed to know them."""
+        while self._next < end:
+            if self._waiting is None:
+                self._waiting = next(self._numbered, None)
+            if self._waiting is None or self._waiting[0] >= end:
+                return
+            pair, self._waiting = self._waiting, None
+            self._next = pair[0] + 1
+            yield pair
 
 
 @torch.no_grad()

@@ -33,6 +33,7 @@ from transferkit.training.checkpoints import (
     find_checkpoint,
     make_checkpoints,
 )
+from transferkit.training.distributed import find_world, own_device
 from transferkit.training.feed_choice import CacheChoice, check_cache
 from transferkit.training.fitting import Fit
 from transferkit.training.forward import Criterion
@@ -87,7 +88,8 @@ class Trainer:
         scheduler: A name (`list_schedulers()`), a factory, a `Schedule` or a PyTorch
             scheduler, which is stepped by the epoch.
         scheduler_options: Options for a scheduler given by name.
-        batch_size: Pictures in a batch, at least 1; the last batch may be smaller.
+        batch_size: Pictures in a batch, at least 1; the last batch may be smaller. Several
+            processes (`torchrun`) share each batch.
         augmentation: A preset's name, or a callable from uint8 `(3, H, W)` to uint8
             `(3, crop_size, crop_size)`.
         batch_augmentation: "mixup", "cutmix", "mixup_or_cutmix", or a callable from images
@@ -226,7 +228,8 @@ class Trainer:
         self.model: Classifier = model
         self.data: ImageSplits = data
         self.seed: int = check_seed(seed)
-        self.device: torch.device = resolve_device(device)
+        world = find_world(device)
+        self.device: torch.device = resolve_device(own_device(device, world))
         self.recipe: Recipe = resolve_recipe(
             ("probe" if model.is_backbone_frozen else "finetune") if recipe is None else recipe,
             optimizer=optimizer,
@@ -256,8 +259,10 @@ class Trainer:
             cache_bytes=cache_bytes,
             on_error=on_error,
             max_skipped=max_skipped,
-            verbose=verbose,
+            verbose=verbose and world.is_first,
+            world=world,
         )
+        world.check_batch_size(self.recipe.batch_size)
         augment = augmentation if augmentation is not None else self.recipe.augmentation
         train_loader, val_loader = loading.passes(data, augment, balanced=balance == "sampler")
         self._job = Job(
@@ -287,6 +292,7 @@ class Trainer:
             clip_norm=check_clip_norm(clip_norm),
             nan_policy=check_nan_policy(nan_policy),
             checkpoints=make_checkpoints(checkpoints),
+            world=world,
             seed=self.seed,
             device=self.device,
             given=frozenset(name for name, value in given.items() if value is not None),
@@ -343,7 +349,8 @@ class Trainer:
         """
         resolved = make_phases(self._job, epochs, phases)
         options = admit(self._job, resolved, by_recipe=phases is None)
-        store, checkpoint = find_checkpoint(self._job.checkpoints, resume)
+        self._job.world.join()
+        store, checkpoint = find_checkpoint(self._job.checkpoints, resume, self._job.world)
         self.history = History(settings=describe_job(self._job, resolved, options))
         self.should_stop = self.should_stop_phase = False
         fit = Fit(
@@ -437,6 +444,8 @@ class Trainer:
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Save the model as an artifact that `Predictor.load` reads.
 
+        Of several processes that train together the first one writes.
+
         Args:
             path: The file to write, usually `*.safetensors`.
 
@@ -446,6 +455,8 @@ class Trainer:
         Raises:
             OutputError: The file cannot be written; an older one is left as it was.
         """
+        if not self._job.world.is_first:
+            return Path(path)
         check_writable(path)
         return save_artifact(
             path,
