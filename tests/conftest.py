@@ -6,6 +6,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Before PyTorch is loaded: each of the processes that share the cores computes with one, and
+    # so do those that it starts.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import matplotlib as mpl
 import pytest
 import torch

@@ -142,7 +142,9 @@ def test_batches_do_not_depend_on_the_workers(
     assert_equal(found, expected)
 
 
-@pytest.mark.parametrize("worker_type", ["thread", "fork", "spawn"])
+@pytest.mark.parametrize(
+    "worker_type", ["thread", "fork", pytest.param("spawn", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("options", [{"cache_bytes": 10**9}, {"cache_bytes": 9000}])
 def test_batches_do_not_depend_on_the_cache(
     dataset: ImageDataset, worker_type: Any, options: dict[str, int]

@@ -43,7 +43,12 @@ class Runner:
     ) -> Path:
         folder = self.folder / name
         folder.mkdir(exist_ok=True)
-        options: dict[str, Any] = {"data": str(self.data), "model": {}, "trainer": {}, "epochs": 2} | told
+        options: dict[str, Any] = {
+            "data": str(self.data),
+            "model": {},
+            "trainer": {},
+            "epochs": 2,
+        } | told
         options["trainer"] = {"batch_size": 4, "lr": 0.05} | options["trainer"]
         (folder / "options.json").write_text(json.dumps(options))
         launcher = [

@@ -46,7 +46,7 @@ def weights_of(trainer: Trainer) -> dict[str, Tensor]:
     [
         {"num_workers": 2, "worker_type": "thread"},
         {"num_workers": 1, "worker_type": "fork"},
-        {"num_workers": 2, "worker_type": "spawn"},
+        pytest.param({"num_workers": 2, "worker_type": "spawn"}, marks=pytest.mark.slow),
         {"cache_bytes": 0},
         {"cache_bytes": 0, "num_workers": 2, "worker_type": "thread"},
         {"cache_bytes": 40_000, "num_workers": 2, "worker_type": "fork"},
