@@ -75,7 +75,13 @@ def add_train(commands: Any) -> None:
         metavar="F",
         help="learning rate of each stage relative to the stage after it; default: the recipe's",
     )
-    parser.add_argument("--batch-size", type=int, help="default: the recipe's")
+    parser.add_argument(
+        "--batch-size",
+        type=_batch_size,
+        metavar="N",
+        help='"auto" takes the largest that fits the memory, up to the recipe\'s; default: the '
+        "recipe's",
+    )
     parser.add_argument("--optimizer", help="sgd, adam or adamw; default: the recipe's")
     parser.add_argument("--scheduler", help="default: the recipe's")
     _add_head(parser)
@@ -208,6 +214,10 @@ def _add_updates(parser: argparse.ArgumentParser) -> None:
         help='how many batches whose loss is not finite may be left out, or "raise" '
         "(default: %(default)s)",
     )
+
+
+def _batch_size(text: str) -> int | str:
+    return text if text == "auto" else int(text)
 
 
 def _nan_policy(text: str) -> int | str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from transferkit._allocator import buffers_kept
 from transferkit._checks import check_integer, check_type
 from transferkit._device import resolve_device
 from transferkit.artifacts import load_artifact
@@ -161,7 +162,10 @@ class Predictor:
                     problem = error  # Its turn comes after the good ones before it.
                     break
             if ready:
-                yield from self._predict_batch(sources[: len(ready)], torch.stack(ready), k)
+                # For the batch alone: whoever takes the predictions may do so for hours.
+                with buffers_kept():
+                    found = list(self._predict_batch(sources[: len(ready)], torch.stack(ready), k))
+                yield from found
             if problem is not None:
                 raise problem
 

@@ -81,14 +81,14 @@ def _measure_live(
     job: Job, phase: ResolvedPhase, optimizer: Optimizer | None, loading: float
 ) -> Estimate:
     size = min(job.recipe.batch_size, len(job.data.train))
-    images = _noise(job, size)
-    step, held = _measure_step(job, job.model, images)
+    images = noise(job, size)
+    step, held = measure_step(job, job.model, images)
     evaluation = _seconds(job, lambda: _evaluate(job.model, images))
     per_epoch = len(job.data.train) * _both(job, step / size, loading)
     per_epoch += len(job.data.val) * _both(job, evaluation / size, loading)
     return Estimate(
         seconds=phase.phase.epochs * per_epoch,
-        memory_bytes=_weights(job, optimizer) + held,
+        memory_bytes=weight_bytes(job, optimizer) + held,
     )
 
 
@@ -101,7 +101,7 @@ def _measure_cached(
     num_images: int,
 ) -> Estimate:
     cache = settings_of(job.cache)
-    images = _noise(job, DEFAULT_BATCH_SIZE)
+    images = noise(job, DEFAULT_BATCH_SIZE)
     with evaluating(job.model):
         engine = make_engine(
             split.prefix, engine=cache.engine, precision=cache.precision, device=job.device
@@ -111,7 +111,7 @@ def _measure_cached(
     size = min(job.recipe.batch_size, len(job.data.train))
     inputs = activations.expand(size, *activations.shape[1:]).clone().to(job.device)
     suffix = nn.Sequential(split.suffix, job.model.head)
-    step, held = _measure_step(job, suffix, inputs)
+    step, held = measure_step(job, suffix, inputs)
     num_views = 0 if cache.views == "epochs" else len(job.views(phase))
     num_stored = num_views * len(job.data.train) + len(job.data.val)
     stored = min(cache.memory_bytes, 4 * num_stored * activations.numel())
@@ -119,7 +119,9 @@ def _measure_cached(
     return Estimate(
         seconds=num_images * _both(job, computing, loading)
         + (0.0 if job.solves(phase) else num_steps * step),
-        memory_bytes=_weights(job, optimizer) + max(held, _forward_bytes(split, images)) + stored,
+        memory_bytes=weight_bytes(job, optimizer)
+        + max(held, _forward_bytes(split, images))
+        + stored,
     )
 
 
@@ -142,14 +144,15 @@ def _seconds_to_load(job: Job) -> float:
     return (time.perf_counter() - start) / len(batch.images)
 
 
-def _noise(job: Job, count: int) -> Tensor:
+def noise(job: Job, count: int) -> Tensor:
+    """Return images of noise, float32 `(count, C, crop_size, crop_size)`."""
     size = job.model.preprocess.crop_size
     shape = (count, job.model.preprocess.num_channels, size, size)
     images = torch.rand(shape, generator=generator_for(job.seed))
     return images.to(job.device, memory_format=job.memory_format)
 
 
-def _measure_step(job: Job, module: nn.Module, inputs: Tensor) -> tuple[float, int]:
+def measure_step(job: Job, module: nn.Module, inputs: Tensor) -> tuple[float, int]:
     """Return the seconds of a training step without the update, and the bytes that it holds."""
     targets = torch.arange(len(inputs), device=job.device) % job.model.num_classes
     held: dict[int, int] = {}
@@ -190,7 +193,7 @@ def _wait(job: Job) -> None:
         torch.accelerator.synchronize()
 
 
-def _weights(job: Job, optimizer: Optimizer | None) -> int:
+def weight_bytes(job: Job, optimizer: Optimizer | None) -> int:
     """Return the bytes of weights, gradients, and the optimizer's state."""
     trainable = [each for each in job.model.parameters() if each.requires_grad]
     state = [*job.model.parameters(), *job.model.buffers()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -93,6 +93,19 @@ class Job:
         if cache.views != "epochs" and self.solves(phase):
             return cache.views_of(range(1, max(1, cache.views) + 1))
         return cache.views_of(phase.epochs)
+
+
+def resize_batches(job: Job, size: int) -> Job:
+    """Return the job with batches of another size."""
+    loading = replace(job.loading, batch_size=size)
+    train, val = loading.passes(job.data, job.augmentation, balanced=job.train_loader.balanced)
+    return replace(
+        job,
+        recipe=replace(job.recipe, batch_size=size),
+        loading=loading,
+        train_loader=train,
+        val_loader=val,
+    )
 
 
 def make_phases(

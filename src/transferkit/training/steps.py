@@ -17,6 +17,7 @@ from transferkit.training.forward import forward
 from transferkit.training.job import Job
 from transferkit.training.loading import mix
 from transferkit.training.losses import LossWatch
+from transferkit.training.memory import explain_out_of_memory, is_out_of_memory
 from transferkit.training.regularizers import L2SP
 from transferkit.training.updates import Updates
 
@@ -117,6 +118,25 @@ class Stepper:
 
     def _add_gradients(self, epoch: int, number: int, batch: Batch, mean: RunningMean) -> bool:
         """Add a batch's gradients to those that there are; tell whether it was not left out."""
+        try:
+            return self._backward(epoch, number, batch, mean)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise explain_out_of_memory(
+                len(batch.indices),
+                lambda size: self._try_backward(epoch, batch, size),
+                device=self._job.device,
+                accumulate=self._job.accumulate,
+            ) from error
+
+    def _try_backward(self, epoch: int, batch: Batch, size: int) -> None:
+        """Train on the first pictures of a batch, without an update: the fit is over."""
+        self._updates.zero_grad()
+        part = Batch(*(each[:size] for each in batch))
+        self._backward(epoch, 0, part, RunningMean(self._job.device))
+
+    def _backward(self, epoch: int, number: int, batch: Batch, mean: RunningMean) -> bool:
         loss = self._loss(epoch, number, batch, mean)
         if loss is None:
             return False

@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from transferkit._allocator import buffers_kept
 from transferkit._checks import check_flag, check_integer, check_type
 from transferkit._device import resolve_device
 from transferkit._files import check_writable
@@ -39,7 +40,7 @@ from transferkit.training.fitting import Fit
 from transferkit.training.forward import Criterion
 from transferkit.training.head_start import HeadStart, check_head_start, start_head
 from transferkit.training.history import History
-from transferkit.training.job import Job, describe_job, make_phases
+from transferkit.training.job import Job, describe_job, make_phases, resize_batches
 from transferkit.training.loading import (
     DEFAULT_CACHE_BYTES,
     Balance,
@@ -51,9 +52,10 @@ from transferkit.training.loading import (
     make_criterion,
 )
 from transferkit.training.losses import NanPolicy, check_nan_policy
+from transferkit.training.memory import find_batch_size
 from transferkit.training.optimizers import OptimizerFactory
 from transferkit.training.phases import Phase
-from transferkit.training.plan import FitPlan, plan_fit
+from transferkit.training.plan import FitPlan, copy_job, plan_fit
 from transferkit.training.precision import Precision
 from transferkit.training.recipes import Recipe
 from transferkit.training.regularizers import check_strength
@@ -89,7 +91,8 @@ class Trainer:
             scheduler, which is stepped by the epoch.
         scheduler_options: Options for a scheduler given by name.
         batch_size: Pictures in a batch, at least 1; the last batch may be smaller. Several
-            processes (`torchrun`) share each batch.
+            processes (`torchrun`) share each batch. "auto" takes the recipe's, or the largest
+            half, quarter and so on of it that fits the memory.
         augmentation: A preset's name, or a callable from uint8 `(3, H, W)` to uint8
             `(3, crop_size, crop_size)`.
         batch_augmentation: "mixup", "cutmix", "mixup_or_cutmix", or a callable from images
@@ -175,7 +178,7 @@ class Trainer:
         weight_decay: float | None = None,
         scheduler: str | SchedulerFactory | Schedule | LRScheduler | None = None,
         scheduler_options: dict[str, Any] | None = None,
-        batch_size: int | None = None,
+        batch_size: int | Literal["auto"] | None = None,
         augmentation: str | Augmentation | None = None,
         batch_augmentation: str | BatchTransform | None = None,
         balance: Balance | None = None,
@@ -236,7 +239,7 @@ class Trainer:
             scheduler=scheduler,
             scheduler_options=scheduler_options,
             augmentation=augmentation,
-            batch_size=batch_size,
+            batch_size=None if batch_size == "auto" else batch_size,
             rates={name: given[name] for name in RATES},
         )
         self.criterion: Criterion = make_criterion(
@@ -299,7 +302,11 @@ class Trainer:
         )
         model.to(self.device).to(memory_format=self._job.memory_format)
         # What can be told now: a fit may have other phases.
-        admit(self._job, make_phases(self._job, None, None), at_door=True)
+        phases = make_phases(self._job, None, None)
+        admit(self._job, phases, at_door=True)
+        if batch_size == "auto":
+            self._job = resize_batches(self._job, find_batch_size(copy_job(self._job), phases))
+            self.recipe = self._job.recipe
 
     @property
     def steps_per_epoch(self) -> int:
@@ -430,13 +437,14 @@ class Trainer:
         dataset = find_split(self.data, split)
         loader = self._job.loading.loader(dataset, self.model.preprocess.eval())
         try:
-            evaluation = evaluate_model(
-                self.model,
-                loader.batches(),
-                class_names=self.data.class_names,
-                criterion=self.criterion,
-                memory_format=self._job.memory_format,
-            )
+            with buffers_kept(), self._job.precision.autocast():
+                evaluation = evaluate_model(
+                    self.model,
+                    loader.batches(),
+                    class_names=self.data.class_names,
+                    criterion=self.criterion,
+                    memory_format=self._job.memory_format,
+                )
             return replace(evaluation, skipped=loader.skipped)
         finally:
             loader.close()
