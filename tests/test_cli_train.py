@@ -14,6 +14,7 @@ from transferkit.artifacts import load_artifact
 from transferkit.cli import main
 from transferkit.models import BackboneSpec, register_backbone
 from transferkit.models.registry import _BACKBONES
+from transferkit.training.fitting import Fit
 
 Run = Callable[..., int]
 
@@ -173,3 +174,68 @@ def test_options_that_would_be_ignored_are_an_error(
     assert train(tiny_folder, "--cache", "off", "--feature-folder", "x") == 1
     message = "transferkit: error: --cache off would ignore --feature-folder. Leave one out.\n"
     assert capsys.readouterr().err == message
+
+
+def test_a_fit_that_was_cut_off_goes_on(
+    train: Run, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--checkpoints", str(tmp_path / "fit"), "--checkpoint-steps", "2", "--epochs", "3"]
+
+    class Cut(BaseException):
+        pass
+
+    save = Fit._save
+    left = [3]
+
+    def cut(self: Fit, **options: bool) -> None:
+        save(self, **options)
+        left[0] -= 1
+        if not left[0]:
+            raise Cut
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Fit, "_save", cut)
+        with pytest.raises(Cut):
+            train(tiny_folder, *words)
+    assert train(tiny_folder, *words, "--resume") == 0
+    assert len(load_artifact(tmp_path / "m.safetensors").history["records"]) == 3  # type: ignore[index]
+
+
+def test_a_new_fit_in_a_used_folder_is_an_error(
+    train: Run, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--checkpoints", str(tmp_path / "fit"), "--epochs", "1"]
+    assert train(tiny_folder, *words) == 0
+    assert train(tiny_folder, *words) == 1
+    assert "holds 1 checkpoints of a fit already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--resume"], "--resume needs the folder of the checkpoints: --checkpoints DIR."),
+        (
+            ["--checkpoint-steps", "3"],
+            "--checkpoint-steps needs a folder for them: --checkpoints DIR.",
+        ),
+    ],
+)
+def test_options_of_checkpoints_need_a_folder(
+    train: Run,
+    tiny_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    message: str,
+) -> None:
+    assert train(tiny_folder, *words) == 1
+    assert capsys.readouterr().err == f"transferkit: error: {message}\n"
+
+
+def test_options_of_updates_reach_the_trainer(
+    train: Run, tiny_folder: Path, tmp_path: Path
+) -> None:
+    words = ["--accumulate", "2", "--clip-norm", "0.5", "--nan-policy", "3", "--precision", "auto"]
+    assert train(tiny_folder, *words, "--batch-size", "auto") == 0
+    settings = settings_of(tmp_path)
+    assert (settings["accumulate"], settings["clip_norm"], settings["nan_policy"]) == (2, 0.5, 3)
+    assert settings["precision"] in ("float32", "bfloat16")

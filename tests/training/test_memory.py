@@ -12,6 +12,7 @@ from torch import Tensor
 
 from transferkit.errors import ConfigError, OutOfMemoryError
 from transferkit.training import Trainer, memory
+from transferkit.training.estimates import measure_step, noise, weight_bytes
 
 Make = Callable[..., Trainer]
 
@@ -68,11 +69,8 @@ def test_auto_takes_the_recipes_size_where_there_is_room(make: Make) -> None:
 def test_auto_takes_what_fits(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = make(batch_size=None)
     size = whole.recipe.batch_size
-    held = [
-        memory.measure_step(whole._job, whole.model, memory.noise(whole._job, count))[1]
-        for count in (1, 2)
-    ]
-    needed = memory.weight_bytes(whole._job, None) + held[0]
+    held = [measure_step(whole._job, whole.model, noise(whole._job, count))[1] for count in (1, 2)]
+    needed = weight_bytes(whole._job, None) + held[0]
     per_picture = held[1] - held[0]
     assert per_picture > 0
     free = (needed + (size // 4 - 1) * per_picture) / 0.8 + 8
