@@ -207,6 +207,11 @@ def _add_updates(parser: argparse.ArgumentParser) -> None:
         "--clip-norm", type=float, metavar="F", help="the largest norm of all gradients"
     )
     parser.add_argument(
+        "--activation-checkpointing",
+        action="store_true",
+        help="less memory for more time, with the same results",
+    )
+    parser.add_argument(
         "--nan-policy",
         type=_nan_policy,
         default="raise",
@@ -292,7 +297,7 @@ def _make_trainer(data: Any, options: argparse.Namespace, cache: Any) -> Any:
         "recipe", "optimizer", "lr", "backbone_lr_factor", "stage_lr_factor", "scheduler",
         "batch_size", "augmentation", "batch_augmentation", "balance", "head_start", "solver",
         "label_smoothing", "l2_sp", "wise_ft", "on_error", "seed", "device", "precision",
-        "accumulate", "clip_norm", "nan_policy",
+        "accumulate", "clip_norm", "activation_checkpointing", "nan_policy",
     )  # fmt: skip
     return tk.Trainer(
         model,

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 _PARTS = "parts"
 
+_FREE = ("activation_checkpointing", "device")
+"""Settings that may change where a fit goes on: they change no result, or the last bits only."""
+
 
 @dataclass
 class Progress:
@@ -175,7 +178,7 @@ def identify(
         told: The settings of the fit.
         trainable: The names of the parameters that train at any time of the fit.
     """
-    settings = {key: value for key, value in told.items() if key != "device"}
+    settings = {key: value for key, value in told.items() if key not in _FREE}
     return {
         "settings": json.loads(json.dumps(settings)),
         "class_names": list(data.class_names),

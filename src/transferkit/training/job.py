@@ -67,6 +67,7 @@ class Job:
     precision: Precision
     accumulate: int
     clip_norm: float | None
+    recomputes: bool
     nan_policy: NanPolicy
     checkpoints: Checkpoints | None
     world: World
@@ -181,6 +182,7 @@ def describe_job(
             "channels_last": job.memory_format is torch.channels_last,
             "accumulate": job.accumulate,
             "clip_norm": job.clip_norm,
+            "activation_checkpointing": job.recomputes,
             "nan_policy": job.nan_policy,
             "seed": job.seed,
             "device": str(job.device),

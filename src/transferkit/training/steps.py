@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from transferkit._checks import check_number
 from transferkit._seeding import seed_torch
 from transferkit.data import Batch
 from transferkit.evaluation.evaluate import RunningMean
+from transferkit.models.recompute import recomputing
 from transferkit.training.feeds import Feed
 from transferkit.training.forward import forward
 from transferkit.training.job import Job
@@ -70,9 +72,14 @@ class Stepper:
         batches = _Batches(self._feed.train(epoch, start=start), start)
         for first in range(start, count, size):
             end = min(first + size, count)
-            num_trained = self._update(epoch, batches.up_to(end), mean)
+            with self._memory_saved():
+                num_trained = self._update(epoch, batches.up_to(end), mean)
             yield Updated(end, num_trained)
         self._losses.finish()
+
+    def _memory_saved(self) -> AbstractContextManager[None]:
+        """Return what an update runs in: the network keeps its activations, or makes them anew."""
+        return recomputing(self._job.model) if self._job.recomputes else nullcontext()
 
     def _update(self, epoch: int, batches: Iterable[tuple[int, Batch]], mean: RunningMean) -> int:
         """Sum up the gradients of some batches and update the weights; tell of how many."""
