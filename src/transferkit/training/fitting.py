@@ -7,7 +7,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cached_property
 from typing import Any, Protocol, TypeAlias
 
@@ -25,8 +24,7 @@ from transferkit.training.best import BestWeights
 from transferkit.training.cached_feed import CachedFeed
 from transferkit.training.callbacks import Callback
 from transferkit.training.checkpoints import Checkpoint, CheckpointStore, Place
-from transferkit.training.feature_cache import FeatureCache
-from transferkit.training.feed_choice import find_split, settings_of
+from transferkit.training.feed_opening import Feeds
 from transferkit.training.feeds import Feed, LiveFeed
 from transferkit.training.fit_state import (
     Progress,
@@ -41,7 +39,6 @@ from transferkit.training.history import EpochRecord, History
 from transferkit.training.interpolation import wise_ft
 from transferkit.training.interruption import Interrupted, Interruption, exit_code
 from transferkit.training.job import Job
-from transferkit.training.loading import list_skipped
 from transferkit.training.losses import LossWatch
 from transferkit.training.phases import ResolvedPhase
 from transferkit.training.regularizers import L2SP
@@ -98,7 +95,7 @@ class Fit:
         self.penalty: L2SP | None = None
         self.before_finetuning: dict[str, torch.Tensor] | None = None
         self.mean: RunningMean | None = None
-        self._cached: CachedFeed | None = None
+        self._feeds = Feeds(job, history, check=self._check_alone)
         self._call = notify
         self._flags = flags
         self._store = store
@@ -212,7 +209,7 @@ class Fit:
         job.model.freeze(phase.freeze_plan).train()
         if not trains_head_only(phase):
             self._note_start()
-        with self._open_feed(phase) as feed:
+        with self._feeds.open(phase, self.progress.batch_sizes) as feed:
             is_running = progress.phase == index
             if not is_running:
                 self._hand_out_states()
@@ -411,62 +408,6 @@ class Fit:
                 )
             yield
 
-    @contextmanager
-    def _open_feed(self, phase: ResolvedPhase) -> Iterator[Feed]:
-        """Give the phase its batches, and say in the history where they come from."""
-        feed = self._choose_feed(phase)
-        described = self.history.settings.setdefault("features", {})
-        described[phase.phase.name] = feed.describe()
-        try:
-            yield feed
-        finally:
-            described[phase.phase.name] = feed.describe()
-
-    def _choose_feed(self, phase: ResolvedPhase) -> Feed:
-        """Return cached features where that is possible: those of the phase before, if they fit."""
-        job = self.job
-        split = find_split(job, epochs=phase.phase.epochs)
-        if isinstance(split, str):
-            self._close_cached()
-            return LiveFeed(job.model, job.train_loader, job.val_loader, reason=split)
-        if self._cached is not None and self._cached.num_stages != split.num_stages:
-            self._close_cached()
-        if self._cached is None:
-            # Their workers and the pictures that they keep would only take up memory.
-            job.train_loader.close()
-            job.val_loader.close()
-            self._cached = CachedFeed(
-                job.model,
-                split,
-                self._feature_settings(phase),
-                job.loading,
-                data=job.data,
-                order=job.train_loader,
-                augmentation=job.augmentation,
-                check=self._check_alone,
-            )
-            self._cached.prepare()
-        self.progress.batch_sizes[phase.phase.name] = self._cached.batch_size
-        return self._cached
-
-    def _check_alone(self) -> None:
-        """End a long pass at a signal, where no other process would wait for this one."""
-        if self.job.world.is_alone:
-            self._interruption.check()
-
-    def _feature_settings(self, phase: ResolvedPhase) -> FeatureCache:
-        """Return how features are cached: in a fit that goes on, in batches of the same size."""
-        settings = settings_of(self.job.cache)
-        size = self.progress.batch_sizes.get(phase.phase.name)
-        return settings if size is None else replace(settings, batch_size=size)
-
-    def _close_cached(self) -> None:
-        """Give back what cached features take up, and note what could not be read."""
-        if self._cached is not None:
-            self._cached.close()
-            self._skipped += list_skipped(**self._cached.loaders)
-        self._cached = None
-
     def _check_freezing(self, phase: ResolvedPhase) -> None:
         found = {name for name, each in self._parameters if each.requires_grad}
         if self.job.model.freeze_plan != phase.freeze_plan or found != phase.trainable:
@@ -475,6 +416,11 @@ class Fit:
                 f"cached features would not follow. Unfreeze by phases: "
                 f'trainer.fit(phases=[Phase(..., unfreeze="all")]).'
             )
+
+    def _check_alone(self) -> None:
+        """End a long pass at a signal, where no other process would wait for this one."""
+        if self.job.world.is_alone:
+            self._interruption.check()
 
     def _note_start(self) -> None:
         """Keep the weights from which fine-tuning starts, for the interpolation."""
@@ -507,7 +453,7 @@ class Fit:
         finally:
             self.best.restore()
             self.updates.finish()
-            self._close_cached()
+            self._feeds.close()
             if job.average is not None:
                 job.average.forget()
             job.model.zero_grad(set_to_none=True)
@@ -528,10 +474,5 @@ class Fit:
 
     def list_skipped(self) -> list[dict[str, str]]:
         """Return the pictures that were left out so far since they could not be read."""
-        live = list_skipped(train=self.job.train_loader, val=self.job.val_loader)
-        cached = {} if self._cached is None else self._cached.loaders
-        return _without_repeats([*live, *self._skipped, *list_skipped(**cached)])
-
-
-def _without_repeats(skipped: list[dict[str, str]]) -> list[dict[str, str]]:
-    return list({(each["split"], each["path"]): each for each in skipped}.values())
+        found = [*self._feeds.list_skipped(), *self._skipped]
+        return list({(each["split"], each["path"]): each for each in found}.values())
