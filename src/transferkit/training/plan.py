@@ -177,7 +177,7 @@ def plan_fit(job: Job, phases: Sequence[ResolvedPhase], *, measure: bool) -> Fit
     Returns:
         The plan.
     """
-    twin = _copy_job(job)
+    twin = copy_job(job)
     updates, held = twin.updates(), _Held()
     return FitPlan(
         backbone_name=job.model.backbone_name,
@@ -203,7 +203,7 @@ def _notes(job: Job) -> Iterator[str]:
         yield f"after: {len(FACTORS)} passes over {count:,} validation pictures (WiSE-FT)"
 
 
-def _copy_job(job: Job) -> Job:
+def copy_job(job: Job) -> Job:
     """Return the job with copies of all that a fit changes."""
     optimizer: Any = job.optimizer if isinstance(job.optimizer, Optimizer) else None
     model, copied = copy.deepcopy((job.model, optimizer))
