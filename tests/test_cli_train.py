@@ -102,6 +102,62 @@ def test_plan_as_json(train: Run, tiny_folder: Path, capsys: pytest.CaptureFixtu
     assert [phase["name"] for phase in plan["phases"]] == ["probe"]
 
 
+def test_a_learning_rate_is_found_and_nothing_else_is_done(
+    train: Run, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plot = tmp_path / "found.png"
+    assert train(tiny_folder, "--lr-find", "--plot", str(plot)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-4].startswith("probe: ")
+    assert lines[-1].startswith("  suggestion  ")
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "m.safetensors").exists()
+
+
+def test_a_learning_rate_as_json(
+    train: Run, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(tiny_folder, "--lr-find", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["phase"], len(found["lrs"])) == ("probe", len(found["losses"]))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--plot", "found.png"],
+            "--plot draws what --lr-find found, and would be ignored without it.",
+        ),
+        (
+            ["--lr-find", "--plot", "found.txt"],
+            "--plot writes .png or .svg or .pdf, found `found.txt`. Give the file such an ending.",
+        ),
+        (
+            ["--lr-find", "--plot", "none/found.png"],
+            "Cannot write `none/found.png`: the folder `none` does not exist. Create it first.",
+        ),
+    ],
+)
+def test_plots_that_cannot_be(
+    words: list[str],
+    message: str,
+    train: Run,
+    tiny_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert train(tiny_folder, *words) == 1
+    assert capsys.readouterr().err == f"transferkit: error: {message}\n"
+
+
+def test_two_looks_at_once(
+    train: Run, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        train(tiny_folder, "--lr-find", "--plan")
+    assert "--plan: not allowed with argument --lr-find" in capsys.readouterr().err
+
+
 def settings_of(tmp_path: Path) -> dict[str, Any]:
     settings: dict[str, Any] = load_artifact(tmp_path / "m.safetensors").history["settings"]  # type: ignore[index]
     return settings

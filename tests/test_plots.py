@@ -14,7 +14,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from transferkit.data import Batch, ImageDataset, ImageLoader, ImageSplits, check_folder
-from transferkit.errors import ConfigError, DataError
+from transferkit.errors import ConfigError, DataError, OutputError
 from transferkit.images import Preprocess
 from transferkit.inference import ClassProbability, Prediction, Predictor
 from transferkit.models import BackboneSpec, Classifier, FreezePlan, build_model
@@ -22,6 +22,7 @@ from transferkit.plots import (
     image_grid,
     imshow,
     plot_history,
+    plot_lr_find,
     plot_plan,
     show_augmentations,
     show_batch,
@@ -29,8 +30,10 @@ from transferkit.plots import (
     show_prediction,
     show_predictions,
 )
+from transferkit.plots.saving import save_and_close
 from transferkit.testing import make_image_folder
 from transferkit.training import EpochRecord, FitPlan, History, PhasePlan
+from transferkit.training.lr_find import make_lr_find
 
 
 @pytest.fixture(autouse=True)
@@ -343,6 +346,64 @@ def test_plot_plan_of_a_solved_fit() -> None:
     message = "There is nothing to draw: no phase of the plan has learning rates."
     with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
         plot_plan(fit_plan(phase_plan("solved", 1, {})))
+
+
+LRS = [10 ** (step / 10 - 5) for step in range(50)]
+
+
+def test_plot_lr_find_draws_losses_and_suggestion() -> None:
+    losses = [1 / (1 + (100 * lr) ** 2) for lr in LRS[:-2]] + [2.0, 50.0]
+    found = make_lr_find("head", LRS, losses, end="diverged")
+    ax = plot_lr_find(found)
+    batches, smoothed, mark = ax.lines
+    assert np.asarray(batches.get_xydata()) == pytest.approx(np.stack([LRS, losses], axis=1))
+    assert np.asarray(smoothed.get_xdata()).tolist() == list(found.smoothed_lrs)
+    assert np.asarray(smoothed.get_ydata()).tolist() == list(found.smoothed)
+    assert found.suggestion is not None
+    assert set(np.asarray(mark.get_xdata())) == {found.suggestion}
+    legend = ax.get_legend()
+    assert legend is not None
+    words = [text.get_text() for text in legend.get_texts()]
+    assert words == ["batch", "smoothed", f"suggestion {found.suggestion:.2g}"]
+    assert ax.get_xscale() == "log"
+    assert ax.get_ylim()[1] == pytest.approx(1.5)  # 50 would leave nothing of the rest to see.
+
+
+def test_plot_lr_find_without_a_suggestion_takes_axes() -> None:
+    _, ax = plt.subplots()
+    assert plot_lr_find(make_lr_find("head", LRS, [0.7] * 50), ax=ax) is ax
+    assert len(ax.lines) == 2
+    assert ax.get_ylim()[0] < 0.7 < ax.get_ylim()[1]
+
+
+def test_plot_lr_find_of_negative_losses() -> None:
+    losses = [-1 / (1 + 100 * lr) for lr in LRS]
+    low, high = plot_lr_find(make_lr_find("head", LRS, losses)).get_ylim()
+    assert low < min(losses) < max(losses) < high
+
+
+def test_plot_lr_find_of_nothing() -> None:
+    message = "There is nothing to draw: the sweep has no loss that is finite."
+    with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
+        plot_lr_find(make_lr_find("head", [], [], end="not_finite"))
+
+
+@pytest.mark.parametrize("ending", [".png", ".SVG"])
+def test_a_drawing_is_written_and_closed(tmp_path: Path, ending: str) -> None:
+    before = plt.get_fignums()
+    path = tmp_path / f"found{ending}"
+    save_and_close(plot_lr_find(make_lr_find("head", LRS, [0.7] * 50)), path)
+    assert path.read_bytes()[:4] in (b"\x89PNG", b"<?xm")
+    assert list(tmp_path.iterdir()) == [path]
+    assert plt.get_fignums() == before
+
+
+def test_a_drawing_that_cannot_be_written_is_closed(tmp_path: Path) -> None:
+    before = plt.get_fignums()
+    ax = plot_lr_find(make_lr_find("head", LRS, [0.7] * 50))
+    with pytest.raises(OutputError):
+        save_and_close(ax, tmp_path / "none" / "found.png")
+    assert plt.get_fignums() == before
 
 
 def test_findings_are_drawn_the_worst_first(tiny_folder: Path) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 from transferkit.cli.options import EXIT_INTERRUPTED, EXIT_OK, add_reading
 from transferkit.errors import ConfigError
 
+_PLOT_FORMATS = (".png", ".svg", ".pdf")
+
 
 def add_train(commands: Any) -> None:
     """Add the command to the parser."""
@@ -59,8 +61,17 @@ def add_train(commands: Any) -> None:
         "frozen",
     )
     parser.add_argument("--epochs", type=int, help="default: the recipe's")
-    parser.add_argument(
+    looks = parser.add_mutually_exclusive_group()
+    looks.add_argument(
         "--plan", action="store_true", help="print what would be done, and stop before it"
+    )
+    looks.add_argument(
+        "--lr-find",
+        action="store_true",
+        help="try rising learning rates, print the one that they suggest, and stop",
+    )
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw what --lr-find found, as .png, .svg or .pdf"
     )
     parser.add_argument("--lr", type=float, help="learning rate of the head; default: the recipe's")
     parser.add_argument(
@@ -265,8 +276,10 @@ def run_train(options: argparse.Namespace) -> int:
 
     if options.history is not None and options.history.resolve() == options.out.resolve():
         raise ConfigError(f"--out and --history name the same file, `{options.out}`.")
-    for path in (options.out, options.history):
-        if path is not None and not options.plan:
+    _check_plot(options)
+    only_looks = options.plan or options.lr_find
+    for path in (options.plot,) if only_looks else (options.out, options.history):
+        if path is not None:
             check_writable(path)
     cache = _cache(options)
     data = _load(options)
@@ -277,8 +290,34 @@ def run_train(options: argparse.Namespace) -> int:
         plan = trainer.plan(options.epochs, verbose=False)
         print(json.dumps(plan.to_dict(), indent=2) if options.json else plan)
         return EXIT_OK
+    if options.lr_find:
+        return _find_lr(trainer, options)
     history = trainer.fit(options.epochs, resume="auto" if options.resume else False)
     return _finish_training(trainer, history, options)
+
+
+def _check_plot(options: argparse.Namespace) -> None:
+    """Check that a picture was asked for of something, and in a format that there is."""
+    if options.plot is None:
+        return
+    if not options.lr_find:
+        raise ConfigError("--plot draws what --lr-find found, and would be ignored without it.")
+    if options.plot.suffix.lower() not in _PLOT_FORMATS:
+        raise ConfigError(
+            f"--plot writes {' or '.join(_PLOT_FORMATS)}, found `{options.plot}`. Give the file "
+            f"such an ending."
+        )
+
+
+def _find_lr(trainer: Any, options: argparse.Namespace) -> int:
+    found = trainer.lr_find(verbose=False)
+    if options.plot is not None:
+        from transferkit.plots import plot_lr_find
+        from transferkit.plots.saving import save_and_close
+
+        save_and_close(plot_lr_find(found), options.plot)
+    print(json.dumps(found.to_dict(), indent=2) if options.json else found)
+    return EXIT_OK
 
 
 def _make_trainer(data: Any, options: argparse.Namespace, cache: Any) -> Any:

@@ -5,7 +5,7 @@ calls `show()`, and works without a screen. This room may import all others but 
 """
 
 from transferkit.plots.axes import AxesArray
-from transferkit.plots.curves import plot_history, plot_plan
+from transferkit.plots.curves import plot_history, plot_lr_find, plot_plan
 from transferkit.plots.pictures import (
     image_grid,
     imshow,
@@ -21,6 +21,7 @@ __all__ = [
     "image_grid",
     "imshow",
     "plot_history",
+    "plot_lr_find",
     "plot_plan",
     "show_augmentations",
     "show_batch",

@@ -1,4 +1,4 @@
-"""Curves of a fit: what a history holds, and what a plan foresees."""
+"""Curves of a fit: what a history holds, what a plan foresees, what a sweep of rates found."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from transferkit.errors import ConfigError, DataError
 from transferkit.plots.axes import AxesArray
-from transferkit.training import FitPlan, History
+from transferkit.training import FitPlan, History, LRFind
 
 _MAX_CHARACTERS = 70
 """So many of a phase's name go into one line that is as wide as the Axes of a new figure."""
@@ -91,6 +91,41 @@ def plot_plan(plan: FitPlan, *, ax: Axes | None = None) -> Axes:
     ax.legend(
         list(unique.values()), list(unique), fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5)
     )
+    return ax
+
+
+def plot_lr_find(found: LRFind, *, ax: Axes | None = None) -> Axes:
+    """Draw the loss over the learning rates of a sweep, the suggestion marked.
+
+    The points are the losses of the batches, the line is their smoothed mean. The rates stand
+    on a logarithmic scale. The last steps of a sweep that diverged may lie above the picture.
+
+    Args:
+        found: What `trainer.lr_find()` returned.
+        ax: Where to draw; None makes a new figure.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        DataError: The sweep has no loss.
+    """
+    if not found.losses:
+        raise DataError("There is nothing to draw: the sweep has no loss that is finite.")
+    if ax is None:
+        _, ax = plt.subplots(figsize=(6, 3.4), layout="constrained")
+    ax.plot(found.lrs, found.losses, ".", color="lightgray", label="batch")
+    ax.plot(found.smoothed_lrs, found.smoothed, label="smoothed")
+    if found.suggestion is not None:
+        label = f"suggestion {found.suggestion:.2g}"
+        ax.axvline(found.suggestion, color="tab:orange", linestyle="--", label=label)
+    # Where it diverges, the loss may be so high that nothing else could be told apart.
+    usual = found.losses[: 1 + len(found.losses) // 2]
+    high = max(usual) + 0.5 * abs(max(usual))
+    if found.end == "diverged" and high < max(found.losses):
+        ax.set_ylim(top=high)
+    ax.set(xlabel="learning rate", ylabel="loss", xscale="log")
+    ax.legend()
     return ax
 
 

@@ -11,6 +11,7 @@ from transferkit.training.estimates import Estimate
 from transferkit.training.feature_cache import FeatureCache
 from transferkit.training.forward import Criterion
 from transferkit.training.history import EpochRecord, History
+from transferkit.training.lr_find import LRFind
 from transferkit.training.optimizers import OptimizerFactory, list_optimizers
 from transferkit.training.phases import Phase
 from transferkit.training.plan import FitPlan, PhasePlan
@@ -38,6 +39,7 @@ __all__ = [
     "FeatureCache",
     "FitPlan",
     "History",
+    "LRFind",
     "OptimizerFactory",
     "Phase",
     "PhasePlan",

@@ -52,6 +52,8 @@ from transferkit.training.loading import (
     make_criterion,
 )
 from transferkit.training.losses import NanPolicy, check_nan_policy
+from transferkit.training.lr_find import LRFind
+from transferkit.training.lr_sweep import spread_lrs, sweep_lrs
 from transferkit.training.memory import find_batch_size
 from transferkit.training.optimizers import OptimizerFactory
 from transferkit.training.phases import Phase
@@ -407,6 +409,57 @@ class Trainer:
         if verbose:
             print(plan)
         return plan
+
+    def lr_find(
+        self,
+        *,
+        min_lr: float = 1e-6,
+        max_lr: float = 10.0,
+        num_steps: int = 100,
+        phases: Sequence[Phase] | None = None,
+        verbose: bool = True,
+    ) -> LRFind:
+        """Train a copy of the model at a learning rate that rises, and suggest one for `fit`.
+
+        The first phase of a fit is swept, with all that belongs to it but the schedule: what is
+        frozen, the batches in their order, augmentation, criterion, optimizer. The rates of all
+        parameter groups keep their proportions. The trainer, its model and its optimizer are as
+        before, whatever ends the sweep, and so is the random state.
+
+        Args:
+            min_lr: The learning rate of the head in the first step, above 0.
+            max_lr: That of the last step, above `min_lr`. The sweep ends before it where the
+                smoothed loss is 4 times its lowest, or not finite.
+            num_steps: The number of steps, at least 10; a step is a batch.
+            phases: As for `fit`; the first of them is swept.
+            verbose: Print the result, too.
+
+        Returns:
+            The losses, and the suggestion: what to pass as `lr`, or None.
+
+        Raises:
+            ConfigError: A value cannot work, `fit` would raise it, or a solver trains the phase.
+            DataError: There are fewer than 8 training pictures.
+            ImageError: A picture cannot be read; the message names its path.
+
+        Example:
+            >>> import tempfile
+            >>> from transferkit.data import load_folders
+            >>> from transferkit.models import build_model
+            >>> from transferkit.testing import make_image_folder
+            >>> data = load_folders(make_image_folder(tempfile.mkdtemp()))
+            >>> model = build_model("squeezenet1_1", 2, weights=None, freeze="backbone")
+            >>> found = Trainer(model, data, verbose=False).lr_find(num_steps=20, verbose=False)
+            >>> found.phase, found.lrs[0]
+            ('probe', 1e-06)
+        """
+        lrs = spread_lrs(min_lr, max_lr, num_steps)
+        resolved = make_phases(self._job, None, phases)
+        admit(self._job, resolved, by_recipe=phases is None)
+        found = sweep_lrs(self._job, resolved, lrs, start=not self._has_started)
+        if verbose:
+            print(found)
+        return found
 
     def start_head(self) -> dict[str, Any] | None:
         """Write `head_start` into the head now, as the first fit does before it trains.
