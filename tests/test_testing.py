@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,13 @@ from transferkit.errors import BackboneError, ConfigError, OutputError
 from transferkit.images import Preprocess
 from transferkit.models import BackboneSpec, get_backbone
 from transferkit.models.stages import Stage
-from transferkit.testing import check_backbone, check_scheduler, make_image_folder
+from transferkit.testing import (
+    check_backbone,
+    check_callback,
+    check_scheduler,
+    make_image_folder,
+)
+from transferkit.training import Callback, EpochRecord, History, Trainer
 
 # check_backbone
 
@@ -231,3 +239,144 @@ def test_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
         f"Cannot write into the folder `{folder}`: not a directory. "
         f"Choose a folder that exists or can be created and that you may write to."
     )
+
+
+# check_callback
+
+
+class Eager(Callback):
+    """Do something to the trainer whenever an event comes."""
+
+    def __init__(self, event: str, act: Callable[..., object]) -> None:
+        setattr(self, event, act)
+
+
+def expect_of_callback(callback: Callback, problem: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        check_callback(callback)
+    assert (
+        str(error.value) == f"Callback `{type(callback).__name__}` breaks its contract: {problem}."
+    )
+
+
+def test_a_good_callback_passes() -> None:
+    class Halve(Callback):
+        def __init__(self) -> None:
+            self.first: float | None = None
+
+        def on_fit_start(self, trainer: Trainer, num_epochs: int) -> None:
+            self.first = None
+
+        def on_epoch_end(self, trainer: Trainer, record: EpochRecord) -> None:
+            self.first = record.train_loss if self.first is None else self.first
+            trainer.should_stop |= record.train_loss < self.first / 2
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"first": self.first}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.first = state["first"]
+
+    check_callback(Halve())
+
+
+def test_what_is_no_callback_is_found() -> None:
+    wrong: Any = print
+    message = "`callback` should be a Callback, found builtin_function_or_method."
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        check_callback(wrong)
+
+
+def fill_weights(trainer: Trainer, *_: object) -> None:
+    with torch.no_grad():
+        for parameter in trainer.model.head.parameters():
+            parameter.fill_(0.5)
+
+
+@pytest.mark.parametrize(
+    ("event", "act", "problem"),
+    [
+        ("on_step_end", fill_weights, "the results of epoch 1"),
+        ("on_step_end", lambda *_: torch.rand(1), "the results of epoch 3"),
+        ("on_step_end", lambda trainer, _: trainer.model.eval(), "the results of epoch 3"),
+        ("on_epoch_end", fill_weights, "the weights in epoch 1"),
+        ("on_fit_end", fill_weights, "the weights that are kept"),
+    ],
+)
+def test_a_callback_that_changes_the_fit_is_found(event: str, act: Any, problem: str) -> None:
+    expect_of_callback(Eager(event, act), f"it changes {problem}")
+
+
+def test_a_callback_that_remembers_a_fit_is_found() -> None:
+    class Patient(Callback):
+        num_epochs = 0
+
+        def on_epoch_end(self, trainer: Trainer, record: EpochRecord) -> None:
+            self.num_epochs += 1
+            trainer.should_stop = self.num_epochs >= 3
+
+    expect_of_callback(
+        Patient(),
+        "its first fit has 3 epochs and its second 1: something is left from the first",
+    )
+
+
+class Odd(Callback):
+    """Has a state that is no plain JSON data."""
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self.value}
+
+
+@pytest.mark.parametrize("value", [float("-inf"), Path("a"), {1, 2}])
+def test_a_state_that_is_no_json_is_found(value: object) -> None:
+    with pytest.raises((TypeError, ValueError)) as words:
+        json.dumps({"value": value}, allow_nan=False)
+    expect_of_callback(Odd(value), f"its state is no JSON data ({words.value})")
+
+
+def test_a_state_that_json_changes_is_found() -> None:
+    problem = "its state {'value': (1, 2)} is {'value': [1, 2]} after JSON"
+    expect_of_callback(Odd((1, 2)), problem)
+
+
+def test_a_state_that_is_not_loaded_is_found() -> None:
+    class Deaf(Callback):
+        num_steps = 0
+
+        def on_fit_start(self, trainer: Trainer, num_epochs: int) -> None:
+            self.num_steps = 0
+
+        def on_step_end(self, trainer: Trainer, step: int) -> None:
+            self.num_steps += 1
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"num_steps": self.num_steps}
+
+    expect_of_callback(Deaf(), "it loads {'num_steps': 2} and then has another state")
+
+
+def test_a_callback_that_ends_without_a_start_is_found() -> None:
+    class Needy(Callback):
+        has_started = False
+
+        def on_fit_start(self, trainer: Trainer, num_epochs: int) -> None:
+            self.has_started = True
+
+        def on_fit_end(self, trainer: Trainer, history: History) -> None:
+            if not self.has_started:
+                raise ValueError("what?")
+            self.has_started = False
+
+    expect_of_callback(Needy(), "`on_fit_end` fails after `Z` (ValueError('what?'))")
+
+
+def test_an_error_of_a_callback_comes_through() -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError, match=r"^boom$"):
+        check_callback(Eager("on_best", fail))

@@ -280,7 +280,7 @@ def test_events_come_in_order(make: Make) -> None:
     make(callbacks=[Note()], batch_size=8).fit(1)
     assert events == [
         "on_fit_start", "on_phase_start", "on_epoch_start", "on_step_end", "on_step_end",
-        "on_epoch_end", "on_fit_end",
+        "on_best", "on_epoch_end", "on_fit_end",
     ]  # fmt: skip
 
 

@@ -5,12 +5,13 @@ and does not know `inference`.
 """
 
 from transferkit.training.averaging import EMA, SWA
-from transferkit.training.callbacks import Callback, CSVLog, EarlyStopping, EpochLog, ProgressBar
+from transferkit.training.callbacks import Callback, EarlyStopping, SaveBest, TimeBudget
 from transferkit.training.checkpoints import Checkpoints
 from transferkit.training.estimates import Estimate
 from transferkit.training.feature_cache import FeatureCache
 from transferkit.training.forward import Criterion
 from transferkit.training.history import EpochRecord, History
+from transferkit.training.logs import CSVLog, EpochLog, JSONLog, ProgressBar, TensorBoardLog
 from transferkit.training.lr_find import LRFind
 from transferkit.training.optimizers import OptimizerFactory, list_optimizers
 from transferkit.training.phases import Phase
@@ -39,14 +40,18 @@ __all__ = [
     "FeatureCache",
     "FitPlan",
     "History",
+    "JSONLog",
     "LRFind",
     "OptimizerFactory",
     "Phase",
     "PhasePlan",
     "ProgressBar",
     "Recipe",
+    "SaveBest",
     "Schedule",
     "SchedulerFactory",
+    "TensorBoardLog",
+    "TimeBudget",
     "Trainer",
     "list_optimizers",
     "list_schedulers",

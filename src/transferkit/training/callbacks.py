@@ -1,37 +1,51 @@
-"""Callbacks: what may watch a fit, write about it, or end it."""
+"""Callbacks: what may watch a fit, end it, or export from it; those that write are in `logs`."""
 
 from __future__ import annotations
 
-import csv
+import math
 import os
-import sys
+import time
+import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from transferkit._checks import check_callable, check_integer, check_number
-from transferkit._device import describe_device
 from transferkit._files import check_writable
-from transferkit.errors import ConfigError, OutputError
-from transferkit.training.head_start import describe_start
+from transferkit.errors import ConfigError
 from transferkit.training.history import EpochRecord, History, check_record_key
 from transferkit.training.phases import Phase
 
 if TYPE_CHECKING:
     from transferkit.training.trainer import Trainer
 
+EVENTS = (
+    "on_fit_start",
+    "on_phase_start",
+    "on_epoch_start",
+    "on_step_end",
+    "on_best",
+    "on_epoch_end",
+    "on_fit_end",
+)
+"""The events of a fit, in the order in which they come first."""
+
 
 class Callback:
     """Base of all callbacks: methods that do nothing. Override those that you need.
 
     Order of the calls: `on_fit_start`; for each phase `on_phase_start`; for each epoch of it
-    `on_epoch_start`, `on_step_end` after each optimizer update, `on_epoch_end`; `on_fit_end`,
-    also after Ctrl-C and after an error.
+    `on_epoch_start`, `on_step_end` after each optimizer update, `on_best` where it is the best
+    epoch so far, `on_epoch_end`; `on_fit_end`, also after Ctrl-C and after an error.
+    At each event the callbacks are called in the order in which they were given.
+
     A callback may set `trainer.should_stop = True` to end the fit after the epoch, or
-    `trainer.should_stop_phase = True` to end its phase.
+    `trainer.should_stop_phase = True` to end its phase. One that raises an error ends the fit:
+    the callbacks after it are not called for that event, and then `on_fit_end` of all of them
+    is, of those too whose `on_fit_start` was never reached. The first error comes out of `fit`.
+
+    A fit that is resumed calls `on_fit_start`, with the records of the epochs before in
+    `trainer.history`, then `on_phase_start` of the running phase, then `load_state_dict`.
     """
 
     def on_fit_start(self, trainer: Trainer, num_epochs: int) -> None:
@@ -41,145 +55,73 @@ class Callback:
         """Before the first epoch of a phase; the model is frozen as it says."""
 
     def on_epoch_start(self, trainer: Trainer, epoch: int) -> None:
-        """Before an epoch, numbered from 1."""
+        """Before an epoch, numbered from 1; `trainer.lrs` has its learning rates."""
 
     def on_step_end(self, trainer: Trainer, step: int) -> None:
         """After an optimizer update, numbered from 1 within its epoch."""
 
+    def on_best(self, trainer: Trainer, record: EpochRecord) -> None:
+        """After both passes of an epoch that is the best so far.
+
+        The weights that were evaluated are in the model, which are the averaged ones where
+        there is an average; the record is in the trainer's history already.
+        """
+
     def on_epoch_end(self, trainer: Trainer, record: EpochRecord) -> None:
-        """After both passes of an epoch; the record is in the trainer's history already."""
+        """After both passes of an epoch; the record is in the trainer's history already.
+
+        The model has the weights that training goes on from.
+        """
 
     def on_fit_end(self, trainer: Trainer, history: History) -> None:
         """After the last epoch; the best weights are back in the model."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed fit needs to go on as if it had not stopped, as JSON data."""
+        """Return what a resumed fit has to know, as plain JSON data; nothing by default."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` returned; called after the start of fit and phase."""
+        """Go on from what `state_dict` returned.
+
+        Args:
+            state: The state, which may have been through JSON.
+        """
 
 
-class ProgressBar(Callback):
-    """Show a bar with the steps of the running epoch, on standard error.
+def notify(callbacks: Sequence[Callback], event: str, trainer: Trainer, *arguments: Any) -> None:
+    """Call a method of all callbacks; at the end of the fit all, whatever others raise.
 
-    Nothing is drawn where standard error is no terminal.
+    Args:
+        callbacks: The callbacks, in order.
+        event: The name of the method.
+        trainer: Its first argument.
+        arguments: The others.
+
+    Raises:
+        BaseException: The first error that a callback raised. Where the fit itself failed
+            already, its error is the first, and those of `on_fit_end` are warned about.
     """
-
-    def __init__(self) -> None:
-        self._bar: tqdm[Any] | None = None
-        self._num_epochs = 0
-
-    def on_fit_start(self, trainer: Trainer, num_epochs: int) -> None:
-        """Note how many epochs there will be."""
-        self._num_epochs = num_epochs
-
-    def on_epoch_start(self, trainer: Trainer, epoch: int) -> None:
-        """Begin a bar."""
-        self._bar = tqdm(
-            total=trainer.steps_per_epoch,
-            desc=f"epoch {epoch}/{self._num_epochs}",
-            unit="step",
-            leave=False,
-            disable=None,  # tqdm's word for: only on a terminal
-        )
-
-    def on_step_end(self, trainer: Trainer, step: int) -> None:
-        """Move the bar."""
-        if self._bar is not None:
-            self._bar.update()
-
-    def on_epoch_end(self, trainer: Trainer, record: EpochRecord) -> None:
-        """Remove the bar."""
-        self._close()
-
-    def on_fit_end(self, trainer: Trainer, history: History) -> None:
-        """Remove the bar of an epoch that was cut off."""
-        self._close()
-
-    def _close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-        self._bar = None
-
-
-class EpochLog(Callback):
-    """Print a line for each phase and each epoch, and at the end the time and the best accuracy."""
-
-    def __init__(self) -> None:
-        self._num_epochs = 0
-
-    def on_fit_start(self, trainer: Trainer, num_epochs: int) -> None:
-        """Print what will be trained, and where."""
-        self._num_epochs = num_epochs
-        model = trainer.model
-        self._print(
-            f"Training {model.num_trainable_parameters:,} of {model.num_parameters:,} parameters "
-            f"of {model.backbone_name} on {describe_device(trainer.device)}, "
-            f"recipe {trainer.recipe.name}, {_describe_rates(trainer)}, seed {trainer.seed}"
-        )
-
-    def on_phase_start(self, trainer: Trainer, phase: Phase) -> None:
-        """Print which phase begins, where there are several, and what is computed once."""
-        settings = trainer.history.settings
-        if phase.name == settings["phases"][0]["name"] and settings["head_start"] is not None:
-            self._print(describe_start(settings["head_start"]))
-        if len(settings["phases"]) > 1:
-            model = trainer.model
-            self._print(
-                f"Phase {phase.name}: {model.num_trainable_parameters:,} of "
-                f"{model.num_parameters:,} parameters train"
-            )
-        features = settings["features"][phase.name]
-        if features["cached"]:
-            self._print(f"Features of the frozen part are computed once: {features['in_words']}")
-
-    def on_epoch_end(self, trainer: Trainer, record: EpochRecord) -> None:
-        """Print loss and accuracy of both passes."""
-        width = len(str(self._num_epochs))
-        self._print(
-            f"epoch {record.epoch:{width}}/{self._num_epochs}  "
-            f"train loss {record.train_loss:.4f} accuracy {record.train_accuracy:.4f}  "
-            f"val loss {record.val_loss:.4f} accuracy {record.val_accuracy:.4f}  "
-            f"{record.seconds:.1f} s"
-        )
-
-    def on_fit_end(self, trainer: Trainer, history: History) -> None:
-        """Print what was skipped, the elapsed time and the best epoch."""
-        if history.skipped:
-            first = history.skipped[0]
-            self._print(
-                f"Skipped {len(history.skipped)} pictures, listed in the history. "
-                f"The first: {first['reason']}"
-            )
-        if not history.records:
-            return
-        minutes, seconds = divmod(history.seconds, 60)
-        start = f"{history.status.capitalize()} after {minutes:.0f} min {seconds:.0f} s."
-        best = f"Best val accuracy {history.best.val_accuracy:.4f} in epoch {history.best.epoch}"
-        result = history.settings.get("wise_ft_result")
-        if result is None:
-            self._print(f"{start} {best}; its weights are kept.")
-            return
-        factor = result["factor"]
-        (score,) = (each for each in result["scores"] if each["factor"] == factor)
-        self._print(
-            f"{start} {best}. Interpolated with the weights before fine-tuning by the factor "
-            f"{factor:g}: val accuracy {score['val_accuracy']:.4f}; these weights are kept."
-        )
-
-    def _print(self, text: str) -> None:
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
-
-
-def _describe_rates(trainer: Trainer) -> str:
-    settings = trainer.history.settings
-    if settings["lr"] is None:
-        return f"solver {settings['solver']}"
-    lr, factor = settings["lr"], settings["backbone_lr_factor"]
-    apart = factor not in (None, 1.0) and not trainer.model.is_backbone_frozen
-    return f"lr {lr:g}" + (f" (backbone {lr * factor:g})" if apart else "")
+    if event != "on_fit_end":
+        for callback in callbacks:
+            getattr(callback, event)(trainer, *arguments)
+        return
+    errors: list[BaseException] = []
+    for callback in callbacks:
+        try:
+            callback.on_fit_end(trainer, *arguments)
+        except BaseException as error:
+            has_first = bool(errors) or trainer.history.status == "failed"
+            if has_first:
+                name = type(callback).__name__
+                warnings.warn(
+                    f"After another error `{name}.on_fit_end` failed, too: {error!r}.",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+            else:
+                errors.append(error)
+    if errors:
+        raise errors[0]
 
 
 class EarlyStopping(Callback):
@@ -188,12 +130,18 @@ class EarlyStopping(Callback):
     A fit of one phase ends with it; in a fit of several the next one begins.
 
     Args:
-        monitor: A record key; with "accuracy" in its name larger is better, else smaller.
-        patience: Epochs without improvement after which the fit ends, at least 1.
+        monitor: A record key; with "accuracy" in its name larger is better, else smaller. A
+            value that is not finite is no improvement.
+        patience: Epochs without improvement after which the phase ends, at least 1.
         min_delta: What counts as an improvement, at least 0.
 
     Raises:
         ConfigError: A value cannot work.
+
+    Example:
+        >>> stopping = EarlyStopping(monitor="val_accuracy", patience=3)
+        >>> stopping.state_dict()
+        {'best': None, 'waited': 0}
     """
 
     def __init__(
@@ -204,18 +152,17 @@ class EarlyStopping(Callback):
         self.min_delta: float = check_number(
             "min_delta", min_delta, lambda value: value >= 0, "of at least 0"
         )
-        self._best = float("-inf")
+        self._best: float | None = None
         self._waited = 0
 
     def on_phase_start(self, trainer: Trainer, phase: Phase) -> None:
         """Forget an earlier phase."""
-        self._best, self._waited = float("-inf"), 0
+        self._best, self._waited = None, 0
 
     def on_epoch_end(self, trainer: Trainer, record: EpochRecord) -> None:
         """Compare with the best so far."""
-        sign = 1.0 if "accuracy" in self.monitor else -1.0
-        value = sign * record.get(self.monitor)
-        if value > self._best + self.min_delta or (value > self._best == float("-inf")):
+        value = record.get(self.monitor) * (1 if "accuracy" in self.monitor else -1)
+        if math.isfinite(value) and (self._best is None or value > self._best + self.min_delta):
             self._best, self._waited = value, 0
             return
         self._waited += 1
@@ -223,19 +170,86 @@ class EarlyStopping(Callback):
             trainer.should_stop_phase = True
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the best value so far, and for how many epochs there was none better."""
+        """Return the best value of the phase, of which larger is better, and the waiting."""
         return {"best": self._best, "waited": self._waited}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on waiting."""
+        """Go on with the best value and the waiting."""
         self._best, self._waited = state["best"], state["waited"]
 
 
-class CSVLog(Callback):
-    """Write the records to a CSV file, a row as soon as its epoch ends.
+class TimeBudget(Callback):
+    """End the fit while there is time left, but likely not enough for another epoch.
+
+    The next epoch is taken to last as long as the longest so far, with all that happens
+    between two epochs. A fit ends after an epoch only, and the first one always runs: an epoch
+    that takes longer than all before it, such as the first one of a phase in which more trains,
+    may end past the budget. A fit that is resumed has the whole budget again: it is that of one
+    run of the program, as a queue grants it, and the next run goes on where this one ended.
 
     Args:
-        path: The file; one from an earlier fit is replaced when the fit starts.
+        seconds: The budget is the sum of the three, each at least 0, above 0 in all.
+        minutes: See `seconds`.
+        hours: See `seconds`.
+
+    Raises:
+        ConfigError: A number is out of range, or there is no time at all.
+
+    Example:
+        >>> TimeBudget(hours=1, minutes=30).seconds
+        5400.0
+    """
+
+    def __init__(self, *, seconds: float = 0.0, minutes: float = 0.0, hours: float = 0.0) -> None:
+        parts = {"seconds": seconds, "minutes": minutes, "hours": hours}
+        checked = [
+            check_number(name, value, lambda number: number >= 0, "of at least 0")
+            for name, value in parts.items()
+        ]
+        self.seconds: float = checked[0] + 60 * checked[1] + 3600 * checked[2]
+        if not self.seconds:
+            raise ConfigError(
+                "A time budget should be above 0. Give it `seconds`, `minutes` or `hours`."
+            )
+        self._start = self._last_end = self._longest = 0.0
+
+    def on_fit_start(self, trainer: Trainer, num_epochs: int) -> None:
+        """Start the clock."""
+        self._start = time.perf_counter()
+        self._longest = 0.0
+
+    def on_phase_start(self, trainer: Trainer, phase: Phase) -> None:
+        """Leave what was computed once for the phase out of its first epoch."""
+        self._last_end = time.perf_counter()
+
+    def on_epoch_end(self, trainer: Trainer, record: EpochRecord) -> None:
+        """End the fit where another epoch would not fit."""
+        now = time.perf_counter()
+        self._longest = max(self._longest, now - self._last_end)
+        self._last_end = now
+        if now - self._start + self._longest > self.seconds:
+            trainer.should_stop = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the seconds of the longest epoch."""
+        return {"longest": self._longest}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with what an epoch takes, and a budget of its own."""
+        self._longest = state["longest"]
+
+
+class SaveBest(Callback):
+    """Save the best epoch so far as an artifact, as soon as there is a better one.
+
+    So there is an artifact even where the machine ends the fit. The weights are those that were
+    evaluated, with an average of weights the averaged ones. When the fit ends the file is
+    written once more, as `trainer.save` then does it: with the whole history, and with
+    `wise_ft` the interpolated weights. An epoch whose validation loss is not finite is not
+    saved.
+
+    Args:
+        path: The file, usually `*.safetensors`; an older one is replaced in one step.
 
     Raises:
         OutputError: The file cannot be written.
@@ -244,20 +258,18 @@ class CSVLog(Callback):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path: Path = check_writable(path)
 
-    def on_fit_start(self, trainer: Trainer, num_epochs: int) -> None:
-        """Begin the file with its header."""
-        self._write("w", [field.name for field in fields(EpochRecord)])
+    def on_best(self, trainer: Trainer, record: EpochRecord) -> None:
+        """Save the epoch."""
+        self._save(trainer)
 
-    def on_epoch_end(self, trainer: Trainer, record: EpochRecord) -> None:
-        """Append the epoch's row."""
-        self._write("a", list(asdict(record).values()))
+    def on_fit_end(self, trainer: Trainer, history: History) -> None:
+        """Save what the fit ends with, if an epoch was completed."""
+        if history.records:
+            self._save(trainer)
 
-    def _write(self, mode: str, row: list[Any]) -> None:
-        try:
-            with self.path.open(mode, newline="", encoding="utf-8") as file:
-                csv.writer(file).writerow(row)
-        except OSError as error:
-            raise OutputError(f"Cannot write `{self.path}`: {error.strerror}.") from error
+    def _save(self, trainer: Trainer) -> None:
+        if math.isfinite(trainer.history.best.val_loss):
+            trainer.save(self.path)
 
 
 def check_callables(criterion: object, augmentation: object, callbacks: Any) -> None:

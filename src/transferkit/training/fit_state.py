@@ -109,7 +109,7 @@ def restore(fit: Fit, checkpoint: Checkpoint) -> dict[str, Any]:
         parts: dict[str, Any] = unpack(packed, checkpoint.tensors)
         progress = parts["progress"]
         fit.progress = Progress(**progress | {"place": Place(*progress["place"])})
-        _restore_history(fit.history, parts["history"])
+        _restore_history(fit.history, parts["history"], is_over=fit.progress.is_over)
         load_tensors(fit.job.model, parts["model"])
         fit.best.load_state_dict(parts["best"])
         fit.losses.skipped[:] = parts["nonfinite"]
@@ -252,11 +252,12 @@ def _frozen_digest(model: Classifier, trainable: Collection[str]) -> str:
     return digest.hexdigest()
 
 
-def _restore_history(history: History, state: dict[str, Any]) -> None:
+def _restore_history(history: History, state: dict[str, Any], *, is_over: bool) -> None:
     history.records[:] = [EpochRecord(**record) for record in state["records"]]
     history.settings = state["settings"] | {"device": history.settings["device"]}
     history.skipped[:] = state["skipped"]
-    history.status = state["status"]
+    if is_over:
+        history.status = state["status"]
 
 
 def _on_device(tensors: dict[str, Tensor] | None, device: torch.device) -> dict[str, Tensor] | None:

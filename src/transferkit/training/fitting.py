@@ -51,10 +51,11 @@ Notify: TypeAlias = "Callable[..., None]"
 
 
 class Flags(Protocol):
-    """What callbacks end a fit, or a phase of it, by."""
+    """What callbacks end a fit, or a phase of it, by, and find the learning rates in."""
 
     should_stop: bool
     should_stop_phase: bool
+    lrs: dict[str, float]
 
 
 class Fit:
@@ -67,7 +68,7 @@ class Fit:
         callbacks: What watches the fit.
         notify: Calls the callbacks.
         flags: Has `should_stop`, whether the fit should end after this epoch, and
-            `should_stop_phase`, whether its phase should.
+            `should_stop_phase`, whether its phase should. Takes the learning rates as `lrs`.
         store: Keeps the checkpoints; None keeps none.
     """
 
@@ -242,6 +243,7 @@ class Fit:
         progress = self.progress
         start = time.perf_counter() - progress.seconds
         self._check_freezing(phase)
+        self._flags.lrs = self.updates.lrs
         self._notify("on_epoch_start", epoch)
         self.mean = RunningMean(self.job.device)
         if self._resumed is not None and self._resumed["mean"] is not None:
@@ -257,7 +259,7 @@ class Fit:
         with self._averaged(epoch, phase, feed):
             evaluation = self._evaluate(feed)
             record = self._record(epoch, phase, self.mean, evaluation, lr=progress.lr, start=start)
-            self.is_best_present = self.best.offer(record) and self.job.average is None
+            self._offer(record)
         self.updates.end_epoch(record)
         return record
 
@@ -332,10 +334,17 @@ class Fit:
             phase=phase.phase.name,
         )
 
+    def _offer(self, record: EpochRecord) -> None:
+        """Note the record; if it is the best, tell so while its weights are in the model."""
+        is_best = self.best.offer(record)
+        self.is_best_present = is_best and self.job.average is None
+        self.history.records.append(record)
+        if is_best:
+            self._notify("on_best", record)
+
     def _end_epoch(self, record: EpochRecord, phase: ResolvedPhase) -> bool:
         """Hand the record on and keep the state; tell whether the fit goes on."""
         progress = self.progress
-        self.history.records.append(record)
         self.mean = None
         self._notify("on_epoch_end", record)
         flags = (self._flags.should_stop, self._flags.should_stop_phase)
@@ -379,12 +388,13 @@ class Fit:
         start = time.perf_counter()
         epoch = phase.first_epoch
         self._resumed = None
+        self._flags.lrs = {}
         self._notify("on_epoch_start", epoch)
         mean, report = solve_head(self.job.model, feed, seed=self.job.seed)
         self.job.world.share_weights(self.job.model)
         self.history.settings.setdefault("solver_reports", []).append(report)
         record = self._record(epoch, phase, mean, self._evaluate(feed), lr=0.0, start=start)
-        self.is_best_present = self.best.offer(record)
+        self._offer(record)
         return self._end_epoch(record, phase)
 
     @contextmanager
@@ -443,8 +453,10 @@ class Fit:
         """Run the phases between start and end; whatever ends them, the best weights return."""
         job, history = self.job, self.history
         self._start = time.perf_counter()
+        history.status = "running"
         try:
             yield
+            history.status = "completed" if history.status == "running" else history.status
         except (Interrupted, KeyboardInterrupt):
             history.status = "interrupted"
         except BaseException:

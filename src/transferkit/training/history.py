@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias
 from transferkit._files import write_text
 from transferkit.errors import ConfigError, DataError
 
-Status: TypeAlias = Literal["completed", "stopped", "interrupted", "failed"]
+Status: TypeAlias = Literal["running", "completed", "stopped", "interrupted", "failed"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,10 @@ class EpochRecord:
         """
         return float(getattr(self, check_record_key(key)))
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as plain JSON data; values that are not finite are None."""
+        return {key: _finite_or_none(value) for key, value in asdict(self).items()}
+
 
 def check_record_key(key: str) -> str:
     """Return `key` when records have a value of that name.
@@ -70,7 +74,7 @@ class History:
         settings: What the fit was told, as plain data: recipe, seed, device and so on.
         seconds: Duration of the whole fit.
         status: How it ended: "completed", "stopped" by a callback, "interrupted" by Ctrl-C
-            or "failed" with an error.
+            or "failed" with an error; "running" before its end.
         skipped: The pictures that were left out since they could not be read, each with
             "split", "path" and "reason".
 
@@ -119,12 +123,7 @@ class History:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the history as plain JSON data; values that are not finite are None."""
-        data = asdict(self)
-        data["records"] = [
-            {key: _finite_or_none(value) for key, value in record.items()}
-            for record in data["records"]
-        ]
-        return data
+        return asdict(self) | {"records": [record.to_dict() for record in self.records]}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> History:

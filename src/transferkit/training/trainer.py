@@ -27,7 +27,7 @@ from transferkit.images import Augmentation
 from transferkit.models import Classifier
 from transferkit.training.admission import admit, check_frozen_by_plan
 from transferkit.training.averaging import EMA, SWA, make_average
-from transferkit.training.callbacks import Callback, EpochLog, ProgressBar, check_callables
+from transferkit.training.callbacks import Callback, check_callables, notify
 from transferkit.training.checkpoints import (
     Checkpoints,
     Resume,
@@ -51,6 +51,7 @@ from transferkit.training.loading import (
     make_batch_transform,
     make_criterion,
 )
+from transferkit.training.logs import EpochLog, ProgressBar
 from transferkit.training.losses import NanPolicy, check_nan_policy
 from transferkit.training.lr_find import LRFind
 from transferkit.training.lr_sweep import spread_lrs, sweep_lrs
@@ -256,6 +257,8 @@ class Trainer:
         self.history: History = History()
         self.should_stop: bool = False
         self.should_stop_phase: bool = False
+        self.lrs: dict[str, float] = {}
+        """The learning rate of each parameter group at the start of the running epoch."""
         self._has_started = False
         self._callbacks = [*((EpochLog(), ProgressBar()) if verbose else ()), *callbacks]
         loading = Loading(
@@ -532,5 +535,4 @@ class Trainer:
         )
 
     def _call(self, event: str, *arguments: Any) -> None:
-        for callback in self._callbacks:
-            getattr(callback, event)(self, *arguments)
+        notify(self._callbacks, event, self, *arguments)

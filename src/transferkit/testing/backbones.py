@@ -1,30 +1,16 @@
-"""Checks for plug-ins, and a maker of small picture folders for tests.
-
-`check_backbone` and `check_scheduler` hold a backbone or a scheduler of yours to what the
-library relies on, and raise an error that names the first broken promise.
-"""
+"""The contract of a backbone."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
 
-from transferkit._files import make_folder
-from transferkit.errors import BackboneError, ConfigError
+from transferkit.errors import BackboneError
 from transferkit.models import BackboneSpec, Classifier, build_model
-from transferkit.training.schedulers import Schedule, make_schedule
-
-__all__ = ["check_backbone", "check_scheduler", "make_image_folder"]
 
 _TOLERANCE = 1e-3
-_COLORS = {"blue": (40, 60, 200), "red": (200, 50, 40)}
 
 
 def check_backbone(spec: BackboneSpec, *, image_size: int | None = None) -> None:
@@ -121,90 +107,3 @@ def _check_frozen(
 def _require(spec: BackboneSpec, holds: bool, problem: str) -> None:
     if not holds:
         raise BackboneError(f"Backbone `{spec.name}` breaks its contract: {problem}.")
-
-
-def check_scheduler(
-    factory: Callable[..., Schedule | LRScheduler],
-    *,
-    num_epochs: int = 3,
-    steps_per_epoch: int = 4,
-) -> list[float]:
-    """Check a scheduler factory by running a fit's worth of steps, and return the rates.
-
-    Args:
-        factory: A `SchedulerFactory`.
-        num_epochs: Epochs of the fit.
-        steps_per_epoch: Optimizer updates in an epoch.
-
-    Returns:
-        The learning rate at each step, `num_epochs * steps_per_epoch` of them, from 1.0.
-
-    Raises:
-        ConfigError: It cannot be built, or gives a rate that is negative or not finite.
-
-    Example:
-        >>> from torch.optim.lr_scheduler import ExponentialLR
-        >>> def halving(optimizer, *, num_epochs, steps_per_epoch):
-        ...     return ExponentialLR(optimizer, gamma=0.5)
-        >>> check_scheduler(halving, num_epochs=2, steps_per_epoch=2)
-        [1.0, 1.0, 0.5, 0.5]
-    """
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0, momentum=0.9)
-    schedule = make_schedule(
-        factory, optimizer, num_epochs=num_epochs, steps_per_epoch=steps_per_epoch, options={}
-    )
-    rates = []
-    for _ in range(num_epochs):
-        for _ in range(steps_per_epoch):
-            rates.append(float(optimizer.param_groups[0]["lr"]))
-            optimizer.step()
-            schedule.step("step")
-        schedule.step("epoch", lambda _: 0.5)
-    wrong = [rate for rate in rates if not 0 <= rate < float("inf")]
-    if wrong:
-        raise ConfigError(f"The scheduler gives the learning rate {wrong[0]}; expected at least 0.")
-    return rates
-
-
-def make_image_folder(
-    root: str | os.PathLike[str],
-    *,
-    class_names: Sequence[str] = ("blue", "red"),
-    num_train: int = 8,
-    num_val: int = 4,
-    size: tuple[int, int] = (40, 32),
-    seed: int = 0,
-) -> Path:
-    """Write a small folder of easy pictures: each class has a colour of its own.
-
-    Args:
-        root: Where to write; created if it is not there.
-        class_names: The names of the classes.
-        num_train: Training pictures of each class.
-        num_val: Validation pictures of each class.
-        size: Width and height in pixels.
-        seed: Rules the noise, and the colours of classes other than "blue" and "red".
-
-    Returns:
-        The root.
-
-    Raises:
-        OutputError: The folder cannot be written.
-
-    Example:
-        >>> import tempfile
-        >>> root = make_image_folder(tempfile.mkdtemp(), num_train=2, num_val=1)
-        >>> len(sorted(root.rglob("*.png")))
-        6
-    """
-    rng = np.random.default_rng(seed)
-    for split, count in (("train", num_train), ("val", num_val)):
-        for name in class_names:
-            folder = make_folder(Path(root, split, name))
-            own = np.random.default_rng((seed, *name.encode())).integers(0, 256, 3)
-            color = np.asarray(_COLORS.get(name, own))
-            for index in range(count):
-                noise = rng.normal(0, 25, (size[1], size[0], 3))
-                pixels = np.clip(color + noise, 0, 255).astype(np.uint8)
-                Image.fromarray(pixels).save(folder / f"{index:03}.png")
-    return Path(root)
