@@ -297,7 +297,6 @@ def fill_weights(trainer: Trainer, *_: object) -> None:
     ("event", "act", "problem"),
     [
         ("on_step_end", fill_weights, "the results of epoch 1"),
-        ("on_step_end", lambda *_: torch.rand(1), "the results of epoch 3"),
         ("on_step_end", lambda trainer, _: trainer.model.eval(), "the results of epoch 3"),
         ("on_epoch_end", fill_weights, "the weights in epoch 1"),
         ("on_fit_end", fill_weights, "the weights that are kept"),
