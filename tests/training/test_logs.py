@@ -43,6 +43,7 @@ class Resumed:
     """What a callback sees of a fit that goes on after some epochs."""
 
     def __init__(self, *records: EpochRecord) -> None:
+        self.metrics: dict[str, Any] = {}
         self.history = History(list(records))
         self.lrs = {"head": 0.1}
         self.steps_per_epoch = 10

@@ -3,7 +3,7 @@
 This room may import `models`, `data`, `images` and what lies below.
 """
 
-from transferkit.evaluation.evaluate import Evaluation, evaluate_model
+from transferkit.evaluation.evaluate import Evaluation, Metric, evaluate_model
 from transferkit.evaluation.metrics import (
     accuracy,
     class_accuracies,
@@ -13,6 +13,7 @@ from transferkit.evaluation.metrics import (
 
 __all__ = [
     "Evaluation",
+    "Metric",
     "accuracy",
     "class_accuracies",
     "confusion_matrix",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,7 @@ class Evaluation:
         class_names: The names of the classes, by index.
         confusion: int64 `(C, C)`, true class by predicted class.
         skipped: The pictures that were left out since they could not be read.
+        metrics: The values of further metrics, by name.
     """
 
     loss: float
@@ -36,6 +38,7 @@ class Evaluation:
     class_names: tuple[str, ...]
     confusion: npt.NDArray[np.int64]
     skipped: tuple[SkippedFile, ...] = ()
+    metrics: dict[str, float] = field(default_factory=dict)
 
     @property
     def class_accuracies(self) -> dict[str, float]:
@@ -55,7 +58,27 @@ class Evaluation:
             },
             "confusion": self.confusion.tolist(),
             "skipped": [{"path": str(each.path), "reason": each.reason} for each in self.skipped],
+            "metrics": {
+                name: value if math.isfinite(value) else None
+                for name, value in self.metrics.items()
+            },
         }
+
+
+class Metric(Protocol):
+    """What a metric does, as those of torchmetrics do."""
+
+    def reset(self) -> None:
+        """Forget all batches."""
+        ...
+
+    def update(self, preds: Tensor, target: Tensor, /) -> None:
+        """Take in a batch: logits `(N, C)` and class indices int64 `(N,)`."""
+        ...
+
+    def compute(self) -> Any:
+        """Return the value over all batches since the reset: a number, or a tensor of one."""
+        ...
 
 
 class RunningMean:
@@ -115,6 +138,7 @@ def evaluate_model(
     memory_format: torch.memory_format = torch.preserve_format,
     logits_of: Callable[[Tensor], Tensor] | None = None,
     gather: Callable[[RunningMean, Tensor], None] | None = None,
+    metrics: Mapping[str, Metric] | None = None,
 ) -> Evaluation:
     """Evaluate a model on batches.
 
@@ -130,6 +154,7 @@ def evaluate_model(
             None takes the model.
         gather: Makes the sums, and the confusion int64 `(C, C)`, those of several processes,
             each with batches of its own; called when all batches are through.
+        metrics: Further metrics, by name.
 
     Returns:
         The numbers, each image counted once whatever the batches' sizes.
@@ -142,6 +167,9 @@ def evaluate_model(
     mean = RunningMean(device)
     confusion = torch.zeros(len(class_names), len(class_names), dtype=torch.int64)
     pairs: list[tuple[Tensor, Tensor]] = []
+    metrics = metrics or {}
+    for metric in metrics.values():
+        metric.reset()
     with evaluating(model), torch.no_grad():
         for batch in batches:
             layout = memory_format if batch.images.dim() == 4 else torch.preserve_format
@@ -149,6 +177,8 @@ def evaluate_model(
             logits = model(images) if logits_of is None else logits_of(images)
             mean.add(criterion(logits, targets), logits, targets)
             pairs.append((logits.argmax(dim=1), targets))
+            for metric in metrics.values():
+                metric.update(logits, targets)
     if pairs:
         predictions, all_targets = (torch.cat(each) for each in zip(*pairs, strict=True))
         confusion += torch.from_numpy(
@@ -164,4 +194,5 @@ def evaluate_model(
         num_images=mean.num_images,
         class_names=class_names,
         confusion=confusion.numpy(),
+        metrics={name: float(each.compute()) for name, each in metrics.items()},
     )

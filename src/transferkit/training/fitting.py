@@ -311,6 +311,7 @@ class Fit:
                 memory_format=self.job.memory_format,
                 logits_of=feed.logits,
                 gather=sum_up,
+                metrics=self.job.metrics,
             )
 
     def _record(
@@ -332,6 +333,7 @@ class Fit:
             lr=lr,
             seconds=time.perf_counter() - start,
             phase=phase.phase.name,
+            metrics=evaluation.metrics,
         )
 
     def _offer(self, record: EpochRecord) -> None:

@@ -29,6 +29,7 @@ class EpochRecord:
         lr: Learning rate of the first parameter group, usually the head's, at the epoch's start.
         seconds: Duration of both passes.
         phase: The name of the phase that it belongs to.
+        metrics: The trainer's own metrics over the validation images, by name.
     """
 
     epoch: int
@@ -39,18 +40,30 @@ class EpochRecord:
     lr: float
     seconds: float
     phase: str = ""
+    metrics: dict[str, float] = field(default_factory=dict)
 
     def get(self, key: str) -> float:
-        """Return the value called `key`: "val_loss", "val_accuracy" and so on.
+        """Return the value called `key`: "val_loss", "val_accuracy", a metric's name and so on.
 
         Raises:
             ConfigError: A record has no such value.
         """
+        if key in self.metrics:
+            return self.metrics[key]
         return float(getattr(self, check_record_key(key)))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as plain JSON data; values that are not finite are None."""
-        return {key: _finite_or_none(value) for key, value in asdict(self).items()}
+        data: dict[str, Any] = {
+            name: _finite_or_none(getattr(self, name)) for name in RECORD_FIELDS
+        }
+        if self.metrics:
+            data["metrics"] = {name: _finite_or_none(each) for name, each in self.metrics.items()}
+        return data
+
+
+RECORD_FIELDS = tuple(each.name for each in fields(EpochRecord) if each.name != "metrics")
+"""What every record has, in its order."""
 
 
 def check_record_key(key: str) -> str:
@@ -59,7 +72,7 @@ def check_record_key(key: str) -> str:
     Raises:
         ConfigError: They have not.
     """
-    keys = [each.name for each in fields(EpochRecord) if each.name != "phase"]
+    keys = [name for name in RECORD_FIELDS if name != "phase"]
     if key not in keys:
         raise ConfigError(f"Unknown record key `{key}`. Epoch records have: {', '.join(keys)}.")
     return key
@@ -118,7 +131,8 @@ class History:
         Raises:
             ConfigError: Records have no value of that name.
         """
-        check_record_key(key)
+        if not any(key in record.metrics for record in self.records):
+            check_record_key(key)
         return [record.get(key) for record in self.records]
 
     def to_dict(self) -> dict[str, Any]:
@@ -182,4 +196,9 @@ def _finite_or_none(value: float | str) -> float | str | None:
 
 
 def _none_to_nan(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: float("nan") if value is None else value for key, value in record.items()}
+    found: dict[str, Any] = {
+        key: float("nan") if value is None else value for key, value in record.items()
+    }
+    if "metrics" in found:
+        found["metrics"] = _none_to_nan(found["metrics"])
+    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transferkit._checks import check_integer
 from transferkit.data import ImageLoader, ImageSplits
 from transferkit.errors import ConfigError
+from transferkit.evaluation import Metric
 from transferkit.images import Augmentation
 from transferkit.models import Classifier
 from transferkit.training.admission import shorten_solved, trains_whole_head_only
@@ -69,6 +70,7 @@ class Job:
     clip_norm: float | None
     recomputes: bool
     nan_policy: NanPolicy
+    metrics: Mapping[str, Metric]
     checkpoints: Checkpoints | None
     world: World
     seed: int

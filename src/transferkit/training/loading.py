@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -21,10 +21,12 @@ from transferkit.data.loader import (
     resolve_num_workers,
 )
 from transferkit.errors import ConfigError
+from transferkit.evaluation import Metric
 from transferkit.images import Augmentation, Transform, decode_image, make_batch_augmentation
 from transferkit.models import Classifier
 from transferkit.training.distributed import World
 from transferkit.training.forward import Criterion
+from transferkit.training.history import RECORD_FIELDS
 
 BatchTransform: TypeAlias = "Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]"
 """A callable from images (N, C, h, w) and targets (N,) to images and soft targets (N, classes)."""
@@ -32,6 +34,8 @@ BatchTransform: TypeAlias = "Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]"
 Balance: TypeAlias = Literal["sampler", "weights"]
 
 DEFAULT_CACHE_BYTES = 2**29
+
+_OF_METRICS = ("reset", "update", "compute")
 
 # Keeps the draws for a whole batch apart from those for its pictures.
 _BATCH_DRAWS = 2**32
@@ -207,6 +211,31 @@ def make_criterion(
         return criterion
     weight = class_weights(dataset) if balance == "weights" else None
     return nn.CrossEntropyLoss(weight=weight, label_smoothing=smoothing)
+
+
+def check_metrics(metrics: Mapping[str, Metric] | None, device: torch.device) -> dict[str, Metric]:
+    """Return further metrics, those that are modules on the device.
+
+    Raises:
+        ConfigError: One is no metric, or has the name of what records have anyway.
+    """
+    if metrics is None:
+        return {}
+    check_type("metrics", metrics, Mapping, "a mapping from names to metrics")
+    for name, metric in metrics.items():
+        if not isinstance(name, str) or name in (*RECORD_FIELDS, "metrics"):
+            raise ConfigError(
+                f"The name of a metric should be a text that records do not have yet, found "
+                f"{name!r}."
+            )
+        if not all(callable(getattr(metric, each, None)) for each in _OF_METRICS):
+            raise ConfigError(
+                f"The metric `{name}` should have {', '.join(_OF_METRICS)}, as those of "
+                f"torchmetrics do, found {type(metric).__name__}."
+            )
+        if isinstance(metric, nn.Module):
+            metric.to(device)
+    return dict(metrics)
 
 
 def make_batch_transform(

@@ -9,7 +9,6 @@ import json
 import os
 import sys
 import warnings
-from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ from transferkit._files import atomic_path, check_writable, make_folder
 from transferkit.errors import OutputError, missing_dependency
 from transferkit.training.callbacks import Callback
 from transferkit.training.head_start import describe_start
-from transferkit.training.history import EpochRecord, History
+from transferkit.training.history import RECORD_FIELDS, EpochRecord, History
 from transferkit.training.phases import Phase
 
 if TYPE_CHECKING:
@@ -137,7 +136,8 @@ class EpochLog(Callback):
             f"epoch {record.epoch:{width}}/{self._num_epochs}  "
             f"train loss {record.train_loss:.4f} accuracy {record.train_accuracy:.4f}  "
             f"val loss {record.val_loss:.4f} accuracy {record.val_accuracy:.4f}  "
-            f"{record.seconds:.1f} s"
+            + "".join(f"{name} {value:.4f}  " for name, value in record.metrics.items())
+            + f"{record.seconds:.1f} s"
         )
 
     def on_fit_end(self, trainer: Trainer, history: History) -> None:
@@ -183,9 +183,11 @@ class _RecordFile(Callback):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path: Path = check_writable(path)
+        self._metrics: tuple[str, ...] = ()
 
     def on_fit_start(self, trainer: Trainer, num_epochs: int) -> None:
         """Write the file anew, with the epochs of before where the fit is resumed."""
+        self._metrics = tuple(trainer.metrics)
         lines = [self._line(record) for record in trainer.history.records]
         with atomic_path(self.path) as temporary:
             temporary.write_text("".join([self._header(), *lines]), encoding="utf-8", newline="")
@@ -217,10 +219,12 @@ class CSVLog(_RecordFile):
     """
 
     def _header(self) -> str:
-        return _csv_row([each.name for each in fields(EpochRecord)])
+        return _csv_row([*RECORD_FIELDS, *self._metrics])
 
     def _line(self, record: EpochRecord) -> str:
-        return _csv_row(list(asdict(record).values()))
+        return _csv_row(
+            [*(getattr(record, name) for name in RECORD_FIELDS), *(record.metrics.values())]
+        )
 
 
 def _csv_row(values: list[Any]) -> str:
@@ -250,7 +254,8 @@ class TensorBoardLog(Callback):
     """Write loss, accuracy and learning rates by the epoch for TensorBoard.
 
     The tags are `loss/train`, `loss/val`, `accuracy/train`, `accuracy/val` and `lr/` with the
-    name of each parameter group, at the epoch's start. What is on disk after an epoch is
+    name of each parameter group, at the epoch's start, and `metrics/` with the name of each metric
+    of the trainer. What is on disk after an epoch is
     complete. A later fit, or one that is resumed, takes the place of the epochs from its first
     one on.
 
@@ -281,6 +286,7 @@ class TensorBoardLog(Callback):
             "accuracy/train": record.train_accuracy,
             "accuracy/val": record.val_accuracy,
             **{f"lr/{name}": lr for name, lr in trainer.lrs.items()},
+            **{f"metrics/{name}": value for name, value in record.metrics.items()},
         }
         for tag, value in values.items():
             self._writer.add_scalar(tag, value, record.epoch)

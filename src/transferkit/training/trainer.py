@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,7 @@ from transferkit.artifacts import save_artifact
 from transferkit.data import ImageDataset, ImageSplits
 from transferkit.data.loader import DEFAULT_MAX_SKIPPED, OnError, WorkerType
 from transferkit.errors import ConfigError
-from transferkit.evaluation import Evaluation, evaluate_model
+from transferkit.evaluation import Evaluation, Metric, evaluate_model
 from transferkit.images import Augmentation
 from transferkit.models import Classifier
 from transferkit.training.admission import admit, check_frozen_by_plan
@@ -47,6 +47,7 @@ from transferkit.training.loading import (
     BatchTransform,
     Loading,
     check_balance,
+    check_metrics,
     find_split,
     make_batch_transform,
     make_criterion,
@@ -122,6 +123,9 @@ class Trainer:
         criterion: Maps logits `(N, C)` and targets `(N,)` to the batch's mean loss; None
             takes cross-entropy. An epoch's loss is the mean over its batches, each weighted
             by its number of images. A module is moved to `device`.
+        metrics: Further metrics of the validation pictures, by name, such as those of
+            torchmetrics (`MulticlassF1Score(num_classes=...)`): objects with `reset()`,
+            `update(logits, targets)` and `compute()`. `record.metrics` has their values.
         callbacks: What else watches the fit.
         seed: Rules order, augmentation and dropout. The caller's random state is left alone.
         device: "auto" takes the accelerator that PyTorch finds, else the CPU.
@@ -196,6 +200,7 @@ class Trainer:
         cache: CacheChoice = "auto",
         solver: Solver = "sgd",
         criterion: Criterion | None = None,
+        metrics: Mapping[str, Metric] | None = None,
         callbacks: Sequence[Callback] = (),
         seed: int = 0,
         device: str | torch.device = "auto",
@@ -254,6 +259,7 @@ class Trainer:
         )
         if isinstance(self.criterion, nn.Module):
             self.criterion.to(self.device)  # Class weights are buffers of it.
+        self.metrics: dict[str, Metric] = check_metrics(metrics, self.device)
         self.history: History = History()
         self.should_stop: bool = False
         self.should_stop_phase: bool = False
@@ -304,6 +310,7 @@ class Trainer:
             clip_norm=check_clip_norm(clip_norm),
             recomputes=check_flag("activation_checkpointing", activation_checkpointing),
             nan_policy=check_nan_policy(nan_policy),
+            metrics=self.metrics,
             checkpoints=make_checkpoints(checkpoints),
             world=world,
             seed=self.seed,
@@ -505,6 +512,7 @@ class Trainer:
                     class_names=self.data.class_names,
                     criterion=self.criterion,
                     memory_format=self._job.memory_format,
+                    metrics=self.metrics,
                 )
             return replace(evaluation, skipped=loader.skipped)
         finally:
