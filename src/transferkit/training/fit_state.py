@@ -182,7 +182,7 @@ def identify(
     return {
         "settings": json.loads(json.dumps(settings)),
         "class_names": list(data.class_names),
-        "pictures": {name: _split_digest(each) for name, each in data.named().items()},
+        "pictures": {"train": _split_digest(data.train), "val": _split_digest(data.val)},
         "frozen_weights": _frozen_digest(model, trainable),
     }
 
