@@ -68,10 +68,17 @@ def test_the_best_need_not_stay(make: Make, folder: Path, monkeypatch: pytest.Mo
     assert names(folder) == ["epoch-000004-batch-00000000.safetensors"]
 
 
-def test_how_often(make: Make, folder: Path) -> None:
-    trainer = make(checkpoints=Checkpoints(folder=folder, every_epochs=2, keep_last=99))
-    trainer.fit(5)
+def test_how_often(make: Make, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    every_other: dict[str, Any] = {"every_epochs": 2, "keep_last": 99}
+    make(checkpoints=Checkpoints(folder=folder, keep_best=False, **every_other)).fit(5)
     assert [name[6:12] for name in names(folder)] == ["000003", "000005", "000006"]
+    shutil.rmtree(folder)
+    # The best epoch so far is kept where it would not be its turn.
+    trainer = make(checkpoints=Checkpoints(folder=folder, **every_other))
+    AccuracyOf(trainer, [0.9, 0.1, 0.2, 0.1, 0.3], monkeypatch)
+    trainer.fit(5)
+    assert [name[6:12] for name in names(folder)] == ["000002", "000003", "000005", "000006"]
+    AccuracyOf(trainer, [0.5], monkeypatch)
     other = make(checkpoints=Checkpoints(folder=folder.parent / "o", every_steps=3, keep_last=99))
     other.fit(1)
     assert [name[13:28] for name in names(folder.parent / "o")] == [
@@ -81,7 +88,9 @@ def test_how_often(make: Make, folder: Path) -> None:
 
 
 def test_the_end_of_a_phase_is_kept_always(make: Make, folder: Path) -> None:
-    trainer = make(checkpoints=Checkpoints(folder=folder, every_epochs=9, keep_last=99))
+    trainer = make(
+        checkpoints=Checkpoints(folder=folder, every_epochs=9, keep_last=99, keep_best=False)
+    )
     trainer.fit(phases=[Phase("head", 1, freeze="backbone"), Phase("all", 1, unfreeze="all")])
     assert [name[6:12] for name in names(folder)] == ["000002", "000003"]
 
@@ -219,7 +228,7 @@ def test_what_is_no_folder(make: Make) -> None:
         make(checkpoints=3)
 
 
-END = "To train anew, name another folder for `checkpoints`, or pass resume=False there."
+END = "To train anew, name another folder for `checkpoints`."
 
 
 def resumed_with(make: Make, folder: Path, **options: Any) -> str:

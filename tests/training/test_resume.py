@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from transferkit.errors import CheckpointError, ConfigError
 from transferkit.models import HeadSpec
 from transferkit.training import (
     EMA,
@@ -22,9 +25,11 @@ from transferkit.training import (
     FeatureCache,
     Phase,
     Trainer,
+    fitting,
     list_optimizers,
     list_schedulers,
 )
+from transferkit.training.checkpoints import list_checkpoints
 
 Make = Callable[..., Trainer]
 
@@ -227,3 +232,109 @@ def test_an_optimizer_and_a_scheduler_as_objects(make: Make, tmp_path: Path) -> 
         second.model.load_state_dict(initial)
         second.fit(3, resume="auto")
         assert_same(outcome(second), outcome(whole))
+
+
+def test_phases_of_the_same_trainer_begin_where_they_did(make: Make, tmp_path: Path) -> None:
+    class Stop(Callback):
+        def on_epoch_end(self, trainer: Trainer, record: EpochRecord) -> None:
+            trainer.should_stop = record.epoch == 3 and len(stops) < 1
+            if trainer.should_stop:
+                stops.append(record)
+
+    stops: list[EpochRecord] = []
+    whole = make().fit(phases=HEAD_THEN_ALL)
+    trainer = make(checkpoints=tmp_path / "fit", callbacks=[Stop()])
+    assert trainer.fit(phases=HEAD_THEN_ALL).status == "stopped"
+    history = trainer.fit(phases=HEAD_THEN_ALL, resume="auto")
+    assert history.status == "completed"
+    assert history.column("train_loss") == whole.column("train_loss")
+
+
+def test_a_solved_phase_that_was_cut_off_is_solved_again(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"solver": "lbfgs", "checkpoints": tmp_path / "fit"}
+    phases = [Phase("all", 1), Phase("head", 1, freeze="backbone")]
+    whole = make(solver="lbfgs").fit(phases=phases)
+    solve = fitting.solve_head
+
+    def interrupted(*arguments: Any, **named: Any) -> Any:
+        found = solve(*arguments, **named)
+        os.kill(os.getpid(), signal.SIGINT)  # Seen in the evaluation that follows.
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fitting, "solve_head", interrupted)
+        first = make(**options)
+        assert first.fit(phases=phases).status == "interrupted"
+    second = make(**options)
+    history = second.fit(phases=phases, resume=True)
+    assert history.column("val_loss") == whole.column("val_loss")
+    assert len(history.settings["solver_reports"]) == 1
+    assert second.evaluate().loss == pytest.approx(history.best.val_loss)
+
+
+def test_an_average_takes_an_epoch_once_whatever_interrupts_it(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {
+        "average": SWA(start=0.0), "freeze": "until:conv1", "cache": FeatureCache(views="epochs"),
+    }  # fmt: skip
+    whole = make(**options).fit(3)
+    refresh = fitting.refresh_batch_norm
+    signals = [signal.SIGINT]
+
+    def interrupted(*arguments: Any, **named: Any) -> None:
+        if signals:
+            os.kill(os.getpid(), signals.pop())
+        refresh(*arguments, **named)
+
+    monkeypatch.setattr(fitting, "refresh_batch_norm", interrupted)
+    assert make(checkpoints=tmp_path / "fit", **options).fit(3).status == "interrupted"
+    history = make(checkpoints=tmp_path / "fit", **options).fit(3, resume=True)
+    assert history.column("val_loss") == whole.column("val_loss")
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        (nn.CrossEntropyLoss(), nn.CrossEntropyLoss(label_smoothing=0.5)),
+        (nn.CrossEntropyLoss(), nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0]))),
+    ],
+)
+def test_another_criterion_is_found_by_its_options(
+    make: Make, tmp_path: Path, before: nn.Module, now: nn.Module
+) -> None:
+    make(criterion=before, checkpoints=tmp_path / "fit").fit(1)
+    with pytest.raises(CheckpointError, match="`criterion_digest` was"):
+        make(criterion=now, checkpoints=tmp_path / "fit").fit(1, resume=True)
+
+
+def test_other_options_of_an_optimizer_are_found(make: Make, tmp_path: Path) -> None:
+    def factory(beta: float) -> Any:
+        return lambda parameters: torch.optim.AdamW(parameters, betas=(beta, 0.999))
+
+    make(optimizer=factory(0.9), checkpoints=tmp_path / "fit").fit(1)
+    with pytest.raises(CheckpointError, match="`optimizer_options` was"):
+        make(optimizer=factory(0.5), checkpoints=tmp_path / "fit").fit(1, resume=True)
+
+
+def test_a_path_elsewhere_does_not_replace_what_a_folder_holds(make: Make, tmp_path: Path) -> None:
+    make(checkpoints=tmp_path / "one").fit(2)
+    make(checkpoints=tmp_path / "other", seed=5).fit(2)
+    path = list_checkpoints(tmp_path / "one")[0]
+    with pytest.raises(ConfigError, match="holds 2 checkpoints of a fit already"):
+        make(checkpoints=tmp_path / "other").fit(2, resume=path)
+
+
+def test_a_batch_that_is_left_out_leaves_no_trace_in_batch_norm(make: Make) -> None:
+    left = [1]
+
+    def spoil(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return (images * float("nan") if left and left.pop() else images), targets
+
+    trainer = make(nan_policy=1, batch_augmentation=spoil)
+    history = trainer.fit(1)
+    assert len(history.settings["nonfinite"]) == 1
+    assert all(torch.isfinite(each).all() for each in trainer.model.buffers())
+    assert history[0].val_loss == history[0].val_loss  # Not NaN.

@@ -170,11 +170,13 @@ def _freeze(values: list[str] | None, recipe: str | None) -> str | list[str]:
 
 def _finish_training(trainer: Any, history: Any, options: argparse.Namespace) -> int:
     interrupted = history.status == "interrupted"
+    if not trainer.is_first_process:
+        return EXIT_INTERRUPTED if interrupted else EXIT_OK
     if not history.records:
-        print(
-            "transferkit: interrupted before the first epoch ended; nothing is saved",
-            file=sys.stderr,
-        )
+        kept = "nothing is saved"
+        if options.checkpoints is not None:
+            kept = f"go on by --checkpoints {options.checkpoints} --resume"
+        print(f"transferkit: interrupted before the first epoch ended; {kept}", file=sys.stderr)
         return EXIT_INTERRUPTED
     trainer.save(options.out)
     if options.history is not None:

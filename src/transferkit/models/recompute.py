@@ -31,13 +31,16 @@ def recomputing(model: Classifier) -> Iterator[None]:
     paths = [path for stage in model.stages for path in stage.modules]
     modules = [model.backbone.get_submodule(path) for path in paths]
     changed = [each for each in modules if next(each.children(), None) is not None]
+    own = [each.__dict__.get("forward") for each in changed]
     try:
         for module in changed:
             module.forward = _recomputed(module, module.forward)
         yield
     finally:
-        for module in changed:
+        for module, forward in zip(changed, own, strict=True):
             module.__dict__.pop("forward", None)
+            if forward is not None:  # One that was set on this very module.
+                module.forward = forward
 
 
 def _recomputed(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:

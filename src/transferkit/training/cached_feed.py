@@ -260,13 +260,18 @@ class CachedFeed:
                 view = self._compute(split, number)
                 self._views[place] = view
                 self._compare(split, number, count=NUM_COMPARED)
-                if key is not None and self._world.is_first:
-                    self._store.keep(key, view)
+                if key is not None:
+                    self._keep(key, view)
             else:
                 self._views[place] = view
                 self._compare(split, number, count=NUM_COMPARED)
             self._rest(split)
         return self._views[place]
+
+    def _keep(self, key: dict[str, Any], view: StoredView) -> None:
+        """Keep a view for later runs, once for all processes."""
+        world = self._world
+        world.together(lambda: self._store.keep(key, view) if world.is_first else None)
 
     def _rest(self, split: str) -> None:
         """End the workers of a split of which all views are there."""

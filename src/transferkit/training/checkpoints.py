@@ -28,8 +28,9 @@ class Checkpoints:
 
     Args:
         folder: The folder; it is created. Each fit has one of its own.
-        every_epochs: Save after so many epochs, at least 1. The last epoch, the end of a phase
-            and a fit that is stopped by a signal are saved always.
+        every_epochs: Save after so many epochs, at least 1. The last epoch, the end of a phase,
+            a fit that is stopped by a signal and, with `keep_best`, the best epoch so far are
+            saved always.
         every_steps: Save after so many optimizer updates within an epoch, too, at least 1; None
             does not.
         keep_last: How many of the newest stay, at least 1. With 2 there is one to go back to
@@ -291,16 +292,18 @@ def find_checkpoint(
             f"resume={resume!r} needs a folder with checkpoints. Name one: "
             f'Trainer(..., checkpoints="runs/ants").'
         )
-    store = None if checkpoints is None else CheckpointStore(checkpoints)
+    store = world.together(lambda: None if checkpoints is None else CheckpointStore(checkpoints))
     found = world.together(lambda: _find(store, resume) if world.is_first else None)
     path = world.share(None if found is None else found.path)
-    if path is not None and not world.is_first:
-        found = read_checkpoint(path)
-    return store, found
+    if path is None:
+        return store, None
+    return store, world.together(lambda: found or read_checkpoint(path))
 
 
 def _find(store: CheckpointStore | None, resume: Resume) -> Checkpoint | None:
     if not isinstance(resume, bool) and resume != "auto":
+        if store is not None and Path(resume).resolve().parent != store.folder.resolve():
+            store.check_unused()
         return read_checkpoint(resume)
     if store is None:
         return None

@@ -134,6 +134,19 @@ class World:
                         self.sum(value).div_(self.size)
 
     @torch.no_grad()
+    def mean_statistics(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return what `average_statistics` would make of buffers, by name, and change nothing."""
+        found: dict[str, Tensor] = {}
+        if self.is_alone:
+            return found
+        for path, layer in model.named_modules():
+            if isinstance(layer, _BatchNorm) and layer.training:
+                for name, value in layer.named_buffers():
+                    if value.is_floating_point():
+                        found[f"{path}.{name}"] = self.sum(value.clone()).div_(self.size)
+        return found
+
+    @torch.no_grad()
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Sum the gradients of parameters over all processes, in place.
 

@@ -5,25 +5,27 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from transferkit.data import ImageDataset, ImageSplits
+from transferkit.data import ImageDataset
 from transferkit.data.paths import PathArray
 from transferkit.errors import CheckpointError
 from transferkit.evaluation.evaluate import RunningMean
 from transferkit.models import Classifier
 from transferkit.training.checkpoints import START, Checkpoint, Place
+from transferkit.training.fingerprints import structure_digest, tensors_digest
 from transferkit.training.history import EpochRecord, History
 from transferkit.training.packing import pack, unpack
 
 if TYPE_CHECKING:
     from transferkit.training.fitting import Fit
+    from transferkit.training.job import Job
 
 _PARTS = "parts"
 
@@ -57,13 +59,14 @@ class Progress:
 
 
 def capture(
-    fit: Fit, mean: RunningMean | None, *, elapsed: float
+    fit: Fit, mean: RunningMean | None, statistics: dict[str, Tensor], *, elapsed: float
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the state of a fit as JSON data and tensors, which are those of the fit.
 
     Args:
         fit: The fit, between two updates.
         mean: What the running epoch gave so far.
+        statistics: Buffers in the place of the model's own, where several processes have theirs.
         elapsed: The duration of the fit so far.
 
     Raises:
@@ -74,7 +77,7 @@ def capture(
     parts: dict[str, Any] = {
         "progress": asdict(progress) | {"place": list(progress.place), "elapsed": elapsed},
         "history": asdict(fit.history) | {"skipped": fit.list_skipped()},
-        "model": changing(job.model, fit.trainable),
+        "model": changing(job.model, fit.trainable) | statistics,
         "mean": None if mean is None else mean.state_dict(),
         "updates": None if fit.updates.optimizer is None else fit.updates.state_dict(),
         "average": None if average is None else average.state_dict(),
@@ -167,23 +170,26 @@ def load_tensors(model: Classifier, tensors: dict[str, Tensor]) -> None:
         present[name].copy_(value)
 
 
-def identify(
-    model: Classifier, data: ImageSplits, told: dict[str, Any], trainable: Collection[str]
-) -> dict[str, Any]:
+def identify(job: Job, told: dict[str, Any], trainable: Collection[str]) -> dict[str, Any]:
     """Return what has to be the same for a fit to go on from a checkpoint, as JSON data.
 
     Args:
-        model: The model.
-        data: The splits.
+        job: What is trained, and how.
         told: The settings of the fit.
         trainable: The names of the parameters that train at any time of the fit.
     """
     settings = {key: value for key, value in told.items() if key not in _FREE}
+    start = job.head_start
+    settings["head_start"] = dict(start) if isinstance(start, Mapping) else start
+    if isinstance(job.criterion, nn.Module):  # Which shows its options and its weights.
+        settings["criterion_digest"] = structure_digest(job.criterion) + tensors_digest(
+            job.criterion
+        )
     return {
         "settings": json.loads(json.dumps(settings)),
-        "class_names": list(data.class_names),
-        "pictures": {"train": _split_digest(data.train), "val": _split_digest(data.val)},
-        "frozen_weights": _frozen_digest(model, trainable),
+        "class_names": list(job.data.class_names),
+        "pictures": {"train": _split_digest(job.data.train), "val": _split_digest(job.data.val)},
+        "frozen_weights": _frozen_digest(job.model, trainable),
     }
 
 
@@ -195,7 +201,7 @@ def check_identity(identity: dict[str, Any], checkpoint: Checkpoint) -> None:
     """
     found = checkpoint.data.get("identity", {})
     start = f"The checkpoint `{checkpoint.path}` is of another fit: "
-    end = "To train anew, name another folder for `checkpoints`, or pass resume=False there."
+    end = "To train anew, name another folder for `checkpoints`."
     if found.get("class_names") != identity["class_names"]:
         raise CheckpointError(
             f"{start}its classes are {found.get('class_names')}, those of the data are "

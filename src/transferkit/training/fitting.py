@@ -101,6 +101,7 @@ class Fit:
         self._flags = flags
         self._store = store
         self._interruption = Interruption()
+        self._listens = True
         self._skipped: list[dict[str, str]] = []
         self._parameters = list(job.model.named_parameters())
         self._resumed: dict[str, Any] | None = None
@@ -109,7 +110,7 @@ class Fit:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What has to be the same for the fit to be gone on with."""
-        return identify(self.job.model, self.job.data, self._told, self.trainable)
+        return identify(self.job, self._told, self.trainable)
 
     def run(self, *, start: bool = True, checkpoint: Checkpoint | None = None) -> None:
         """Run all phases; whatever ends them, the best weights are in the model afterwards.
@@ -163,7 +164,7 @@ class Fit:
         job = self.job
         if job.l2_sp:
             self.penalty = L2SP(job.model, self.trainable, strength=job.l2_sp)
-        self._resumed = restore(self, checkpoint)
+        self._resumed = job.world.together(lambda: restore(self, checkpoint))
         if self._store is not None and job.world.is_first:
             self._store.begin(checkpoint.data.get("best_checkpoint"))
         if job.world.is_first:
@@ -253,6 +254,7 @@ class Fit:
             progress.lr, progress.step = self.updates.lr, 0
         self._resumed = None
         self._train(epoch, feed, self.mean, start)
+        self._interruption.agree(self.job.world)
         self._interruption.check()
         self.mean.sum_up(self.job.world.sum)
         self.job.world.average_statistics(self.job.model)
@@ -286,8 +288,11 @@ class Fit:
         try:
             yield from updates
         except RuntimeError as error:
-            if self._interruption.number is not None and "DataLoader worker" in str(error):
-                raise Interrupted(self._interruption.number) from error
+            number = self._interruption.number
+            # Of several processes the others do not know of it: the error ends them, too.
+            is_end = self.job.world.is_alone and "DataLoader worker" in str(error)
+            if number is not None and is_end:
+                raise Interrupted(number) from error
             raise
 
     def _evaluate(self, feed: Feed) -> Evaluation:
@@ -356,23 +361,30 @@ class Fit:
         following = phase.epochs[-1] + 1 if ends_phase else record.epoch + 1
         progress.place, progress.seconds, progress.step = Place(following, 0), 0.0, 0
         is_over = following > self.phases[-1].epochs[-1]
-        every = 1 if self._store is None else self._store.settings.every_epochs
+        is_best = self.history.best is record
         # The end of the fit has a checkpoint of its own, with the best weights.
-        if not is_over and (ends_phase or record.epoch % every == 0):
-            self._save(is_best=self.history.best is record)
+        if not is_over and (ends_phase or self._is_due(record.epoch, is_best=is_best)):
+            self._save(is_best=is_best)
         return is_last or not self._flags.should_stop
+
+    def _is_due(self, epoch: int, *, is_best: bool) -> bool:
+        """Tell whether the state is kept at the end of an epoch."""
+        if self._store is None:
+            return False
+        settings = self._store.settings
+        return epoch % settings.every_epochs == 0 or (is_best and settings.keep_best)
 
     def _save(self, *, is_best: bool = False) -> None:
         """Keep the state, if a store does."""
         if self._store is None or self._resumed is not None:
             return  # What is not gone on with yet stands in the last checkpoint.
-        self.losses.finish()
         store, world = self._store, self.job.world
-        mean = self.mean_of_all()
+        world.together(self.losses.finish)
+        mean, statistics = self.mean_of_all(), world.mean_statistics(self.job.model)
 
         def save() -> None:
             if world.is_first:
-                data, tensors = capture(self, mean, elapsed=self._seconds())
+                data, tensors = capture(self, mean, statistics, elapsed=self._seconds())
                 store.save(self.progress.place, data, tensors, is_best=is_best)
 
         world.together(save)
@@ -392,10 +404,11 @@ class Fit:
         self._resumed = None
         self._flags.lrs = {}
         self._notify("on_epoch_start", epoch)
+        self.is_best_present = False
         mean, report = solve_head(self.job.model, feed, seed=self.job.seed)
         self.job.world.share_weights(self.job.model)
-        self.history.settings.setdefault("solver_reports", []).append(report)
         record = self._record(epoch, phase, mean, self._evaluate(feed), lr=0.0, start=start)
+        self.history.settings.setdefault("solver_reports", []).append(report)
         self._offer(record)
         return self._end_epoch(record, phase)
 
@@ -412,13 +425,26 @@ class Fit:
             average.update(model)
         with average.applied(model):
             if average.is_active and average.interval == "epoch":
+                self._refresh_statistics(epoch, feed)
+            yield
+
+    def _refresh_statistics(self, epoch: int, feed: Feed) -> None:
+        """Gather BatchNorm's statistics for the averaged weights, in all processes together."""
+        model, world = self.job.model, self.job.world
+        self._listens = False  # The average has taken this epoch, which cannot be begun again.
+        try:
+            with world.meeting() as meet:
                 refresh_batch_norm(
                     model,
                     (batch for _, batch in feed.train(epoch)),
                     memory_format=self.job.memory_format,
                     logits_of=feed.logits,
                 )
-            yield
+                meet()
+        finally:
+            self._listens = True
+        model.train()
+        world.average_statistics(model)
 
     def _check_freezing(self, phase: ResolvedPhase) -> None:
         found = {name for name, each in self._parameters if each.requires_grad}
@@ -431,7 +457,7 @@ class Fit:
 
     def _check_alone(self) -> None:
         """End a long pass at a signal, where no other process would wait for this one."""
-        if self.job.world.is_alone:
+        if self.job.world.is_alone and self._listens:
             self._interruption.check()
 
     def _note_start(self) -> None:

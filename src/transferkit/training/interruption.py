@@ -104,12 +104,17 @@ class Interruption:
             before = signal.getsignal(signal.SIGCHLD)
             if before is not None:
                 self._before[signal.SIGCHLD] = before
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                # A handler that does nothing: one that is gone when its turn comes is an error.
+                signal.signal(signal.SIGCHLD, _ignore)
 
     def _stop_listening(self) -> None:
         for number, before in self._before.items():
             signal.signal(number, before)
         self._before.clear()
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    """Do nothing about a signal."""
 
 
 def exit_code(number: signal.Signals) -> int:

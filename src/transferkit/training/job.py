@@ -147,6 +147,16 @@ def _choose_phases(job: Job, epochs: int | None, phases: Sequence[Phase] | None)
     return [Phase(recipe.name, num_epochs, freeze=freeze)]
 
 
+def _plain(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of an optimizer that are plain data; rates, which change, stand apart."""
+    plain = (bool, int, float, str, tuple, list, type(None))
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in options.items()
+        if isinstance(value, plain) and name not in ("lr", "name")
+    }
+
+
 def describe_job(
     job: Job, phases: Sequence[ResolvedPhase], options: dict[str, Any]
 ) -> dict[str, Any]:
@@ -180,6 +190,7 @@ def describe_job(
             "wise_ft": job.wise_ft,
             "solver": job.solver,
             "cache": describe_cache(job.cache),
+            "optimizer_options": _plain(options),
             "precision": job.precision.name,
             "channels_last": job.memory_format is torch.channels_last,
             "accumulate": job.accumulate,

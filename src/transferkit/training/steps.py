@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from transferkit._checks import check_number
 from transferkit._seeding import seed_torch
@@ -75,7 +76,7 @@ class Stepper:
             with self._memory_saved():
                 num_trained = self._update(epoch, batches.up_to(end), mean)
             yield Updated(end, num_trained)
-        self._losses.finish()
+        self._job.world.together(self._losses.finish)
 
     def _memory_saved(self) -> AbstractContextManager[None]:
         """Return what an update runs in: the network keeps its activations, or makes them anew."""
@@ -130,12 +131,14 @@ class Stepper:
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            raise explain_out_of_memory(
-                len(batch.indices),
-                lambda size: self._try_backward(epoch, batch, size),
-                device=self._job.device,
-                accumulate=self._job.accumulate,
-            ) from error
+            # Without its frames, which hold the activations of the batch.
+            cause = error.with_traceback(None)
+        raise explain_out_of_memory(
+            len(batch.indices),
+            lambda size: self._try_backward(epoch, batch, size),
+            device=self._job.device,
+            accumulate=self._job.accumulate,
+        ) from cause
 
     def _try_backward(self, epoch: int, batch: Batch, size: int) -> None:
         """Train on the first pictures of a batch, without an update: the fit is over."""
@@ -163,12 +166,15 @@ class Stepper:
         wanted = targets
         if job.mixing is not None:
             inputs, wanted = mix(job.mixing, batch, seed=job.seed, epoch=epoch)
+        # A batch that is left out must not leave its NaN in BatchNorm's statistics.
+        before = [] if job.nan_policy == "raise" else keep_statistics(self._feed.module)
         with job.precision.autocast():
             loss, logits = forward(
                 self._feed, job.criterion, inputs, wanted, backbone_name=job.model.backbone_name
             )
         lr = self._updates.lr
         if not self._losses.admits(loss, epoch=epoch, batch=number, lr=lr, indices=indices):
+            put_back(before)
             return None
         mean.add(loss, logits, targets)
         return loss
@@ -192,6 +198,23 @@ class _Batches:
             pair, self._waiting = self._waiting, None
             self._next = pair[0] + 1
             yield pair
+
+
+def keep_statistics(module: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Return the buffers of BatchNorm that a forward pass in training changes, and copies."""
+    return [
+        (value, value.clone())
+        for layer in module.modules()
+        if isinstance(layer, _BatchNorm) and layer.training
+        for value in layer.buffers()
+    ]
+
+
+@torch.no_grad()
+def put_back(kept: list[tuple[Tensor, Tensor]]) -> None:
+    """Write the copies that `keep_statistics` made back."""
+    for value, before in kept:
+        value.copy_(before)
 
 
 @torch.no_grad()

@@ -266,6 +266,7 @@ class Trainer:
         self.lrs: dict[str, float] = {}
         """The learning rate of each parameter group at the start of the running epoch."""
         self._has_started = False
+        self._first_plan = model.freeze_plan
         self._callbacks = [*((EpochLog(), ProgressBar()) if verbose else ()), *callbacks]
         loading = Loading(
             model=model,
@@ -322,8 +323,16 @@ class Trainer:
         phases = make_phases(self._job, None, None)
         admit(self._job, phases, at_door=True)
         if batch_size == "auto":
-            self._job = resize_batches(self._job, find_batch_size(copy_job(self._job), phases))
+            world.join()
+            size = min(world.gather(find_batch_size(copy_job(self._job), phases)))
+            world.check_batch_size(size)
+            self._job = resize_batches(self._job, size)
             self.recipe = self._job.recipe
+
+    @property
+    def is_first_process(self) -> bool:
+        """Whether this process is the one of those that train together that writes and prints."""
+        return self._job.world.is_first
 
     @property
     def steps_per_epoch(self) -> int:
@@ -371,10 +380,14 @@ class Trainer:
             FeatureError: Cached features are not those that the network gives.
             ImageError: A picture cannot be read; the message names its path.
         """
-        resolved = make_phases(self._job, epochs, phases)
-        options = admit(self._job, resolved, by_recipe=phases is None)
         self._job.world.join()
         store, checkpoint = find_checkpoint(self._job.checkpoints, resume, self._job.world)
+        if checkpoint is None:
+            self._first_plan = self.model.freeze_plan
+        else:  # Phases begin where they did, whatever has run since.
+            self.model.freeze(self._first_plan)
+        resolved = make_phases(self._job, epochs, phases)
+        options = admit(self._job, resolved, by_recipe=phases is None)
         self.history = History(settings=describe_job(self._job, resolved, options))
         self.should_stop = self.should_stop_phase = False
         fit = Fit(
