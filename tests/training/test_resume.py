@@ -29,7 +29,9 @@ from transferkit.training import (
     list_optimizers,
     list_schedulers,
 )
+from transferkit.training.averaging import refresh_batch_norm
 from transferkit.training.checkpoints import list_checkpoints
+from transferkit.training.solving import solve_head
 
 Make = Callable[..., Trainer]
 
@@ -256,7 +258,7 @@ def test_a_solved_phase_that_was_cut_off_is_solved_again(
     options: dict[str, Any] = {"solver": "lbfgs", "checkpoints": tmp_path / "fit"}
     phases = [Phase("all", 1), Phase("head", 1, freeze="backbone")]
     whole = make(solver="lbfgs").fit(phases=phases)
-    solve = fitting.solve_head
+    solve = solve_head
 
     def interrupted(*arguments: Any, **named: Any) -> Any:
         found = solve(*arguments, **named)
@@ -281,7 +283,7 @@ def test_an_average_takes_an_epoch_once_whatever_interrupts_it(
         "average": SWA(start=0.0), "freeze": "until:conv1", "cache": FeatureCache(views="epochs"),
     }  # fmt: skip
     whole = make(**options).fit(3)
-    refresh = fitting.refresh_batch_norm
+    refresh = refresh_batch_norm
     signals = [signal.SIGINT]
 
     def interrupted(*arguments: Any, **named: Any) -> None:
