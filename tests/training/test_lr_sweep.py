@@ -363,6 +363,24 @@ def test_losses_below_zero_are_no_divergence(make: Make) -> None:
     assert make(criterion=criterion).lr_find(**LOW).end == "max_lr"
 
 
+def test_a_criterion_may_know_the_model(make: Make) -> None:
+    class Decays(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+            return sum((each**2).sum() for each in self.model.parameters()) + 0 * logits.sum()
+
+    trainer = make()
+    criterion = Decays(trainer.model)
+    trainer = Trainer(trainer.model, trainer.data, criterion=criterion, verbose=False, device="cpu")
+    before = everything_of(trainer)
+    found = trainer.lr_find(min_lr=0.01, max_lr=0.1, num_steps=12, verbose=False)
+    assert found.losses[-1] < 0.9 * found.losses[0]
+    assert changed(before, everything_of(trainer)) == []
+
+
 def test_what_a_criterion_draws_is_not_the_callers(make: Make) -> None:
     def criterion(logits: Tensor, targets: Tensor) -> Tensor:
         scale = 1 + random.random() + np.random.rand()

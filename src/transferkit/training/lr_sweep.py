@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from collections.abc import Generator, Iterator, Sequence
@@ -95,6 +94,7 @@ def sweep_lrs(
     with buffers_kept(), seeded(job.seed), seeded_torch(job.seed, job.device):
         rates = job.updates().rates(phase.phase)
         twin, optimizer = _copy(job, phase, rates)
+        head_lr = _head_lr(optimizer, twin.model) if rates is None else rates.lr
         twin.model.freeze(phase.freeze_plan)
         if start:
             start_head(twin.head_start, twin.model, twin.data, twin.loading)
@@ -104,7 +104,6 @@ def sweep_lrs(
             penalty = L2SP(twin.model, trainable, strength=twin.l2_sp)
         twin.model.train()
         with _open_feed(twin, phase, len(lrs)) as feed:
-            head_lr = _head_lr(optimizer, twin.model) if rates is None else rates.lr
             losses, end = _Sweep(twin, optimizer, feed, penalty, head_lr=head_lr).run(lrs)
     return make_lr_find(phase.phase.name, lrs[: len(losses)], losses, end=end)
 
@@ -136,8 +135,6 @@ def _copy(job: Job, phase: ResolvedPhase, rates: Rates | None) -> tuple[Job, Opt
         twin = copy_job(replace(job, optimizer=optimizer))
     # Each of several processes sweeps all batches by itself.
     twin = replace(twin, world=World(), loading=replace(twin.loading, world=World()))
-    if isinstance(job.criterion, nn.Module):
-        twin = replace(twin, criterion=copy.deepcopy(job.criterion))
     copied: Any = twin.optimizer
     return twin, copied
 

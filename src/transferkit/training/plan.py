@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -206,7 +207,9 @@ def _notes(job: Job) -> Iterator[str]:
 def copy_job(job: Job) -> Job:
     """Return the job with copies of all that a fit changes."""
     optimizer: Any = job.optimizer if isinstance(job.optimizer, Optimizer) else None
-    model, copied = copy.deepcopy((job.model, optimizer))
+    criterion: Any = job.criterion if isinstance(job.criterion, nn.Module) else None
+    # In one go: the optimizer holds the model's parameters, and a criterion may.
+    model, copied, measure = copy.deepcopy((job.model, optimizer, criterion))
     # A schedule that is an object goes on from where it is, and belongs to the optimizer it has.
     is_object = isinstance(job.scheduler, (Schedule, LRScheduler))
     return replace(
@@ -214,6 +217,7 @@ def copy_job(job: Job) -> Job:
         model=model,
         loading=replace(job.loading, model=model),
         optimizer=job.optimizer if copied is None else copied,
+        criterion=job.criterion if measure is None else measure,
         scheduler="none" if is_object else job.scheduler,
     )
 
