@@ -13,6 +13,7 @@ from collections.abc import Iterable
 
 __all__ = [
     "ArtifactError",
+    "ArtifactWarning",
     "BackboneError",
     "CheckpointError",
     "ConfigError",
@@ -65,6 +66,10 @@ class WeightsError(TransferkitError, OSError):
 
 class ArtifactError(TransferkitError, ValueError):
     """A file is not an artifact that this version can trust and read."""
+
+
+class ArtifactWarning(UserWarning):
+    """An artifact gives nearly, but not quite, what it gave when it was saved."""
 
 
 class CheckpointError(TransferkitError, ValueError):

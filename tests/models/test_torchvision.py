@@ -10,6 +10,7 @@ from torchvision import models
 from transferkit.images import Preprocess
 from transferkit.models import get_backbone
 from transferkit.models.torchvision_backbones import (
+    WEIGHTS_TERMS,
     imagenet_class_names,
     torchvision_names,
     torchvision_spec,
@@ -64,7 +65,7 @@ def test_spec_says_what_the_weights_say(name: str) -> None:
 def test_licence_of_the_weights_is_carried() -> None:
     weights = models.ViT_H_14_Weights.DEFAULT
     assert get_backbone("vit_h_14").weights_license == weights.meta["license"]
-    assert get_backbone("resnet18").weights_license is None
+    assert get_backbone("resnet18").weights_license == WEIGHTS_TERMS
 
 
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -15,7 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from transferkit._checks import check_flag
+from transferkit.artifacts.claims import check_backbone, check_tensors, read_head
 from transferkit.artifacts.format import read_file, write_file
+from transferkit.artifacts.schema import check_class_names, check_data, check_image_size
+from transferkit.artifacts.self_test import make_self_test, run_self_test
 from transferkit.errors import (
     ArtifactError,
     ConfigError,
@@ -32,17 +34,8 @@ from transferkit.models import (
     build_model,
     get_backbone,
 )
-from transferkit.models.modes import evaluating
 
-SELF_TEST_TOLERANCE = 1e-3
-"""Largest difference of a self-test's logits, absolute and relative to the largest logit."""
-
-_SELF_TEST_SEED = 0
-_SELF_TEST_SIZE = (48, 40)
 _MODEL_PREFIX = "model."
-_HEAD_PREFIX = "head."
-_SELF_TEST_IMAGES = "self_test.images"
-_SELF_TEST_LOGITS = "self_test.logits"
 
 
 @dataclass(frozen=True)
@@ -79,27 +72,22 @@ def save_artifact(
     Args:
         path: Where to write; an existing file is replaced only when all is written.
         model: The model; its mode and weights are left as they are.
-        class_names: The names of the classes, by index, all different.
+        class_names: The names of the classes, by index, all different, none empty or with
+            control characters.
         history: Plain JSON data about the fit.
 
     Returns:
         The path.
 
     Raises:
-        ConfigError: The class names do not fit the model, its weights are not finite, or
-            the history is no JSON data.
+        ConfigError: The class names do not fit the model, its weights are not finite, its
+            images are too large, or the history is no JSON data.
         OutputError: The file cannot be written.
     """
-    names = _check_class_names(class_names, model.num_classes)
-    images = _self_test_images(model.preprocess.num_channels)
+    names = check_class_names(class_names, model.num_classes)
+    check_image_size(model.preprocess)
     tensors = {f"{_MODEL_PREFIX}{name}": value for name, value in model.state_dict().items()}
-    logits = _self_test_logits(model, images)
-    if not bool(torch.isfinite(logits).all()):
-        raise ConfigError(
-            "The model's logits are not finite (NaN or infinite): its weights are broken, and "
-            "an artifact of it would be of no use. Train again, perhaps with a smaller `lr`."
-        )
-    tensors |= {_SELF_TEST_IMAGES: images, _SELF_TEST_LOGITS: logits}
+    tensors |= make_self_test(model)
     data = {
         "format_version": _format_version(model),
         "backbone": model.backbone_name,
@@ -108,6 +96,7 @@ def save_artifact(
         "preprocess": model.preprocess.to_dict(),
         "head": model.head_spec.to_dict(),
         "freeze_plan": model.freeze_plan.to_dict(),
+        "weights_license": model.weights_license,
         "history": None if history is None else dict(history),
         "versions": _versions(),
     }
@@ -119,26 +108,34 @@ def load_artifact(
     *,
     backbone: BackboneSpec | nn.Module | None = None,
     self_test: bool = True,
+    strict: bool = False,
 ) -> Artifact:
     """Load an artifact and check that it still gives the logits that it gave.
 
-    Nothing is downloaded and nothing in the file is executed.
+    Nothing is downloaded and nothing in the file is executed. The file may be anybody's: it is
+    checked before memory is taken for what it claims to hold.
 
     Args:
         path: The file.
         backbone: The spec or the network for an artifact whose backbone is not registered.
             A network is filled with the artifact's weights, in place.
-        self_test: Run the stored tiny inputs and compare their logits.
+        self_test: Decode, preprocess and classify the stored tiny inputs, and compare each stage
+            with what it gave. A drift is an `ArtifactWarning`, useless results are an error.
+        strict: Let a drift be an error, too.
 
     Returns:
         The model and what belongs to it.
 
     Raises:
         ArtifactError: The file is no artifact, is damaged or too new, its backbone is not
-            known here, or the self-test gives other logits.
+            known here, or the self-test gives other results.
+        ConfigError: `strict` without `self_test`.
     """
+    if check_flag("strict", strict) and not check_flag("self_test", self_test):
+        raise ConfigError("strict=True is about the self-test: leave `self_test=False` out.")
     tensors, data = read_file(path)
     try:
+        check_data(data)
         artifact = _build(tensors, data, backbone)
     except UnknownNameError as error:
         raise ArtifactError(
@@ -160,7 +157,7 @@ def load_artifact(
             f"({type(error).__name__}: {str(error).splitlines()[0]})."
         ) from error
     if self_test:
-        _run_self_test(path, artifact.model, tensors)
+        run_self_test(path, artifact.model, tensors, strict=strict)
     return artifact
 
 
@@ -181,45 +178,34 @@ def _build(
     backbone: BackboneSpec | nn.Module | None,
 ) -> Artifact:
     class_names = data["class_names"]
-    if backbone is None:
-        backbone = get_backbone(data["backbone"])
-    own = isinstance(backbone, nn.Module)
     state = {
         name.removeprefix(_MODEL_PREFIX): value
         for name, value in tensors.items()
         if name.startswith(_MODEL_PREFIX)
     }
+    head = read_head(data, state)
+    preprocess = Preprocess.from_dict(data["preprocess"])
+    check_image_size(preprocess)
+    if backbone is None:
+        backbone = get_backbone(data["backbone"])
+        check_backbone(backbone, preprocess.num_channels, state)
+    own = isinstance(backbone, nn.Module)
     model = build_model(
         backbone,
         num_classes=len(class_names),
-        head=_read_head(data, state),
+        head=head,
         weights=None,
         num_features=data["num_features"] if own else None,
-        preprocess=Preprocess.from_dict(data["preprocess"]),
+        preprocess=preprocess,
     )
-    _check_class_names(class_names, model.num_classes)
-    _check_tensors(state, model.state_dict())
+    check_tensors(state, model.state_dict())
     # Not `load_state_dict`: some networks want a module version there that no file carries.
     with torch.no_grad():
         for name, value in model.state_dict().items():
             value.copy_(state[name])
     _freeze(model, data)
+    model.weights_license = data.get("weights_license")
     return Artifact(model.eval(), tuple(class_names), data["history"], data["versions"])
-
-
-def _read_head(data: Mapping[str, Any], state: Mapping[str, Tensor]) -> HeadSpec:
-    """Return the description of the head, when the file holds the tensors of such a head."""
-    if "head" not in data and data["format_version"] == 1:
-        return HeadSpec()  # From before there were others.
-    spec = HeadSpec.from_dict(data["head"])
-    # On no device, so that widths that the file only claims to have take no memory.
-    with torch.device("meta"):
-        head = spec.build(data["num_features"], len(data["class_names"]))
-    found = {name: value for name, value in state.items() if name.startswith(_HEAD_PREFIX)}
-    _check_tensors(
-        found, {f"{_HEAD_PREFIX}{name}": value for name, value in head.state_dict().items()}
-    )
-    return spec
 
 
 def _freeze(model: Classifier, data: Mapping[str, Any]) -> None:
@@ -227,84 +213,6 @@ def _freeze(model: Classifier, data: Mapping[str, Any]) -> None:
         model.freeze(FreezePlan.from_dict(data["freeze_plan"]))
     except UnknownNameError as error:  # Of a stage: the backbone has been found by its name.
         raise FreezeError(str(error)) from error
-
-
-def _check_tensors(found: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    missing, extra = sorted(own.keys() - found.keys()), sorted(found.keys() - own.keys())
-    if missing or extra:
-        raise ArtifactError(
-            f"{len(missing)} tensors are missing and {len(extra)} do not belong to it, "
-            f"among them `{(missing + extra)[0]}`."
-        )
-    for name, value in own.items():
-        if found[name].shape != value.shape or found[name].dtype != value.dtype:
-            raise ArtifactError(
-                f"`{name}` is {found[name].dtype} {tuple(found[name].shape)}, "
-                f"expected {value.dtype} {tuple(value.shape)}."
-            )
-
-
-def _check_class_names(class_names: Sequence[str], num_classes: int) -> tuple[str, ...]:
-    names = tuple(class_names)
-    texts = all(isinstance(name, str) for name in names)
-    if not texts or len(names) != num_classes or len(set(names)) != len(names):
-        raise ConfigError(
-            f"`class_names` should be {num_classes} different texts, one for each class of the "
-            f"model, found {list(names)}."
-        )
-    return names
-
-
-def _self_test_images(num_channels: int) -> Tensor:
-    """Return two tiny pictures of smooth noise, uint8 `(2, num_channels, 48, 40)`."""
-    generator = torch.Generator().manual_seed(_SELF_TEST_SEED)
-    coarse = torch.rand((2, num_channels, 6, 5), generator=generator)
-    smooth = nn.functional.interpolate(coarse, size=_SELF_TEST_SIZE, mode="bilinear")
-    return (smooth * 255).round().to(torch.uint8)
-
-
-def _self_test_logits(model: Classifier, images: Tensor) -> Tensor:
-    """Run the pictures through preprocessing and model on the CPU, as loading will.
-
-    An accelerator rounds otherwise (TF32 convolutions differ in the third digit), and the
-    tolerance is for other versions of the same arithmetic.
-    """
-    if next(model.parameters()).device.type != "cpu":
-        model = copy.deepcopy(model).cpu()
-    transform = model.preprocess.eval()
-    batch = torch.stack([transform(image) for image in images])
-    with evaluating(model), torch.no_grad():
-        logits: Tensor = model(batch)
-    return logits.float()
-
-
-def _run_self_test(
-    path: str | os.PathLike[str], model: Classifier, tensors: Mapping[str, Tensor]
-) -> None:
-    images, expected = tensors.get(_SELF_TEST_IMAGES), tensors.get(_SELF_TEST_LOGITS)
-    if images is None or expected is None:
-        raise ArtifactError(f"The artifact `{path}` has no self-test. Save it anew.")
-    try:
-        found = _self_test_logits(model, images)
-    except (MemoryError, RuntimeError, TypeError, ValueError) as error:
-        raise ArtifactError(
-            f"The self-test of the artifact `{path}` cannot be run "
-            f"({type(error).__name__}: {(str(error).splitlines() or [''])[0]})."
-        ) from error
-    if found.shape != expected.shape:
-        raise ArtifactError(
-            f"The artifact `{path}` is inconsistent: its self-test has logits of the shape "
-            f"{tuple(expected.shape)}, its model gives {tuple(found.shape)}."
-        )
-    difference = (found - expected).abs().max().item()
-    limit = SELF_TEST_TOLERANCE * max(1.0, expected.abs().max().item())
-    if not (math.isfinite(difference) and difference <= limit):
-        raise ArtifactError(
-            f"The artifact `{path}` does not give the logits that it gave when it was saved: "
-            f"they differ by {difference:.3g}, allowed are {limit:.3g}. The installed libraries "
-            f"compute something else; compare their versions, or pass `self_test=False` to "
-            f"load it all the same."
-        )
 
 
 def _versions() -> dict[str, str]:

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from transferkit._checks import check_path
 from transferkit._files import atomic_path
+from transferkit.artifacts.header import Header, HeaderError, describe_start, read_header
+from transferkit.artifacts.strict_json import parse_strict
 from transferkit.errors import ArtifactError, ConfigError, TransferkitError
 
 FORMAT_VERSION = 2
@@ -77,13 +79,15 @@ def write_file(
         The path.
 
     Raises:
-        ConfigError: `data` is no JSON data.
+        ConfigError: `data` is no JSON data, or a tensor's name or the length of `data` is beyond
+            what readers take.
         OutputError: The file cannot be written.
     """
     separate = _separate(tensors)
     try:
         text = json.dumps(data, allow_nan=False, sort_keys=True)
-    except (TypeError, ValueError) as error:
+        parse_strict(text)  # Keys 1 and "1" are one key in JSON, and depth is limited.
+    except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"The metadata of {kind.name} should be JSON data: {error}.") from error
     metadata = {kind.key: text, kind.digest_key: _digest(separate, text)}
     with atomic_path(path) as temporary:
@@ -92,7 +96,17 @@ def write_file(
         except safetensors.SafetensorError as error:
             # The library wraps the system's error, such as a full disk, in its own.
             raise OSError(str(error)) from error
+        _check_written(temporary, kind)
     return Path(path)
+
+
+def _check_written(path: Path, kind: FileKind) -> None:
+    """Refuse to write what would not be read: strange names, a history without end."""
+    try:
+        with path.open("rb") as handle:
+            read_header(handle)
+    except HeaderError as error:
+        raise ConfigError(f"{kind.name.capitalize()} cannot be written so: {error}.") from error
 
 
 def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -126,44 +140,74 @@ def read_file(
         TransferkitError: Of the kind's own class: there is no such file, it is of another
             kind, is damaged, or was written by a newer version.
     """
+    file, header, data = _open(path, kind)
+    try:
+        with safetensors.safe_open(file, framework="pt") as reader:
+            tensors = {name: reader.get_tensor(name) for name in header.tensors}
+    except Exception as error:  # The library has classes of its own, and the file may change.
+        raise kind.error(f"Cannot read the {kind.noun} `{file}`: {error}.") from error
+    _check_digest(tensors, header, file, kind)
+    return tensors, data
+
+
+def read_metadata(
+    path: str | os.PathLike[str], kind: FileKind = ARTIFACT
+) -> tuple[Header, dict[str, Any]]:
+    """Read what a file says of its tensors, and its JSON data, but not the tensors.
+
+    Whether the file is unchanged cannot be told so: the digest is over the tensors, too.
+
+    Args:
+        path: The file.
+        kind: The kind of file that it should be.
+
+    Returns:
+        The header and the JSON data.
+
+    Raises:
+        TransferkitError: As for `read_file`.
+    """
+    _, header, data = _open(path, kind)
+    return header, data
+
+
+def _open(path: str | os.PathLike[str], kind: FileKind) -> tuple[Path, Header, dict[str, Any]]:
     file = check_path("path", path)
     if not file.is_file():
         what = "is a folder" if file.is_dir() else "does not exist"
+        if file.exists() and not file.is_dir():
+            what = "is a pipe, socket or device, no file"
         raise kind.error(f"The {kind.noun} `{file}` {what}. Expected a .safetensors file.")
     try:
-        with safetensors.safe_open(file, framework="pt") as reader:
-            metadata = reader.metadata() or {}
-            if kind.key not in metadata or kind.digest_key not in metadata:
-                raise kind.error(
-                    f"`{file}` is a safetensors file but no transferkit {kind.noun}: its metadata "
-                    f"has no `{kind.key}`. Expected a file written by `{kind.writer}`."
-                )
-            data = _parse(metadata[kind.key], file, kind)
-            tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
-    except kind.error:
-        raise
-    except Exception as error:  # The reader raises several classes on damaged headers.
+        with file.open("rb") as handle:
+            header = read_header(handle)
+    except HeaderError as error:
         raise kind.error(
-            f"Cannot read the {kind.noun} `{file}`: {_describe_damage(file)} ({error})."
+            f"Cannot read the {kind.noun} `{file}`: {describe_start(file)} ({error})."
         ) from error
-    if _digest(tensors, metadata[kind.key]) != metadata[kind.digest_key]:
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise kind.error(f"Cannot read the {kind.noun} `{file}`: {reason}.") from error
+    if kind.key not in header.metadata or kind.digest_key not in header.metadata:
         raise kind.error(
-            f"The {kind.noun} `{file}` is damaged: its content does not match its digest. "
-            f"Copy it anew from where it came."
+            f"`{file}` is a safetensors file but no transferkit {kind.noun}: its metadata "
+            f"has no `{kind.key}`. Expected a file written by `{kind.writer}`."
         )
-    return tensors, data
+    return file, header, _parse(header.metadata[kind.key], file, kind)
 
 
 def _parse(text: str, file: Path, kind: FileKind) -> dict[str, Any]:
     try:
-        data = json.loads(text)
+        data = parse_strict(text)
     except ValueError as error:
         raise kind.error(
             f"The {kind.noun} `{file}` is damaged: its metadata is no JSON ({error})."
         ) from error
     version = data.get("format_version") if isinstance(data, dict) else None
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise kind.error(f"The {kind.noun} `{file}` is damaged: its format version is {version!r}.")
+        raise kind.error(
+            f"The {kind.noun} `{file}` is damaged: its format version is {version!r:.80}."
+        )
     if version > kind.version:
         raise kind.error(
             f"The {kind.noun} `{file}` has format version {version}; this transferkit reads up to "
@@ -171,6 +215,16 @@ def _parse(text: str, file: Path, kind: FileKind) -> dict[str, Any]:
         )
     result: dict[str, Any] = data
     return result
+
+
+def _check_digest(
+    tensors: Mapping[str, Tensor], header: Header, file: Path, kind: FileKind
+) -> None:
+    if _digest(tensors, header.metadata[kind.key]) != header.metadata[kind.digest_key]:
+        raise kind.error(
+            f"The {kind.noun} `{file}` is damaged: its content does not match its digest. "
+            f"Copy it anew from where it came."
+        )
 
 
 def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
@@ -182,11 +236,3 @@ def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
         # A flat view as bytes; a scalar has no last dimension to reinterpret.
         digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _describe_damage(file: Path) -> str:
-    with file.open("rb") as handle:
-        start = handle.read(2)
-    if start == b"PK" or start[:1] == b"\x80":
-        return "it is a pickle or PyTorch file, which could run code and is never opened"
-    return "it is no safetensors file, or is truncated or damaged"

@@ -113,6 +113,8 @@ def build_model(
         plan = FreezePlan.parse(freeze, bn=bn, model=model, stages=model.stages)
         plan.frozen_names(model, model.stages)  # A wrong name shows before weights are loaded.
         model.pretrained_head = _load_weights(model, spec, weights, own_network=own_network)
+        # That of a file of the user's is not known, nor are random weights anybody's.
+        model.weights_license = spec.weights_license if weights == "default" else None
         if wanted.num_channels != spec.preprocess.num_channels:
             adapt_channels(
                 model.backbone, wanted.num_channels, preprocess=spec.preprocess, name=spec.name

@@ -78,6 +78,8 @@ class Classifier(nn.Module):
         It stays on the CPU and is no part of the state dict. None where the backbone has
         random weights, or they came without a last layer or the names of its classes.
         """
+        self.weights_license: str | None = None
+        """The licence of the weights that the backbone started from; None where none is known."""
 
     def features(self, images: Tensor) -> Tensor:
         """Compute the features of images.

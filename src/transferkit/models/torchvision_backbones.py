@@ -56,6 +56,14 @@ STAGE_PARENTS: dict[str, tuple[str, ...]] = {
 AUXILIARY_HEADS = ("aux1", "aux2", "AuxLogits")
 """The side heads of GoogLeNet and Inception, in their weights but not in our networks."""
 
+WEIGHTS_TERMS = (
+    "no licence of their own. torchvision's code is BSD-3-Clause; its weights may have terms that "
+    "come from the data they were trained on (https://github.com/pytorch/vision"
+    "#pre-trained-model-license), here ImageNet, which is given out for non-commercial research "
+    "and education (https://www.image-net.org/download)"
+)
+"""What is known of the licence of weights that name none."""
+
 _OLD_DENSENET_KEY = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
 
 
@@ -90,7 +98,7 @@ def torchvision_spec(name: str) -> BackboneSpec:
         head_keys=AUXILIARY_HEADS if name in ("googlenet", "inception_v3") else (),
         class_names=tuple(weights.meta["categories"]),
         stage_parents=_stage_parents(name),
-        weights_license=weights.meta.get("license"),
+        weights_license=weights.meta.get("license", WEIGHTS_TERMS),
     )
 
 
