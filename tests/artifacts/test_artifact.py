@@ -31,16 +31,6 @@ from transferkit.models.registry import _BACKBONES
 NAMES = ("ants", "bees")
 
 
-@pytest.fixture
-def model(tiny_spec: BackboneSpec) -> Classifier:
-    return build_model(tiny_spec, 2, weights=None, freeze="backbone.layer1.*")
-
-
-@pytest.fixture
-def saved(model: Classifier, tmp_path: Path) -> Path:
-    return save_artifact(tmp_path / "model.safetensors", model, class_names=NAMES)
-
-
 def read_metadata(path: Path) -> dict[str, Any]:
     with safe_open(path, framework="pt") as file:
         return dict(json.loads(file.metadata()["transferkit"]))

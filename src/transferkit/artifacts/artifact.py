@@ -131,7 +131,8 @@ def load_artifact(
             known here, or the self-test gives other results.
         ConfigError: `strict` without `self_test`.
     """
-    if check_flag("strict", strict) and not check_flag("self_test", self_test):
+    check_flag("self_test", self_test)
+    if check_flag("strict", strict) and not self_test:
         raise ConfigError("strict=True is about the self-test: leave `self_test=False` out.")
     tensors, data = read_file(path)
     try:

@@ -86,7 +86,7 @@ def write_file(
     separate = _separate(tensors)
     try:
         text = json.dumps(data, allow_nan=False, sort_keys=True)
-        parse_strict(text)  # Keys 1 and "1" are one key in JSON, and depth is limited.
+        parse_strict(text)  # Readers have limits that `json` has not.
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"The metadata of {kind.name} should be JSON data: {error}.") from error
     metadata = {kind.key: text, kind.digest_key: _digest(separate, text)}

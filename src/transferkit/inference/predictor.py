@@ -71,6 +71,7 @@ class Predictor:
         device: str | torch.device = "auto",
         backbone: BackboneSpec | nn.Module | None = None,
         self_test: bool = True,
+        strict: bool = False,
     ) -> Self:
         """Load a predictor from an artifact; no network, no code from the file.
 
@@ -78,17 +79,19 @@ class Predictor:
             path: The artifact, as `Trainer.save` wrote it.
             device: "auto", or a device's name.
             backbone: The spec or network for a backbone that is not registered here.
-            self_test: Check that the model still gives the logits that it gave when saved.
+            self_test: Check that decoding, preprocessing and model still give what they gave
+                when the file was saved, see `load_artifact`.
+            strict: Let a drift of one of them be an error, not an `ArtifactWarning`.
 
         Returns:
             The predictor.
 
         Raises:
             ArtifactError: The file is no artifact, damaged, too new, or fails its self-test.
-            ConfigError: The device is not there.
+            ConfigError: The device is not there, or `strict` without `self_test`.
         """
         device = resolve_device(device)
-        artifact = load_artifact(path, backbone=backbone, self_test=self_test)
+        artifact = load_artifact(path, backbone=backbone, self_test=self_test, strict=strict)
         return cls(artifact.model, class_names=artifact.class_names, device=device)
 
     @property
