@@ -1,4 +1,4 @@
-"""What the tests of artifacts share: a tiny model, its file, and files changed with their digest."""
+"""What the tests of artifacts share: a tiny model, its file, and files with a forged digest."""
 
 from __future__ import annotations
 
