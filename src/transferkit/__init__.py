@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         testing,
         training,
     )
-    from transferkit.artifacts import load_artifact, save_artifact
+    from transferkit.artifacts import load_artifact, make_card, read_info, save_artifact
     from transferkit.data import (
         Batch,
         ImageDataset,
@@ -132,11 +132,13 @@ __all__ = [
     "load_folder",
     "load_folders",
     "load_table",
+    "make_card",
     "models",
     "plot_history",
     "plot_lr_find",
     "plot_plan",
     "plots",
+    "read_info",
     "register_backbone",
     "register_scheduler",
     "save_artifact",
@@ -164,7 +166,7 @@ _ROOMS = (
     "training",
 )
 _HOMES = {
-    "artifacts": ("load_artifact", "save_artifact"),
+    "artifacts": ("load_artifact", "make_card", "read_info", "save_artifact"),
     "data": (
         "Batch",
         "ImageDataset",

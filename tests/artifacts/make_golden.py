@@ -79,7 +79,7 @@ def make(name: str, **options: Any) -> None:
         # Statistics that are not those of the start.
         model.get_buffer("backbone.bn.running_mean").add_(0.25)
         for number, value in enumerate(model.parameters()):
-            value += torch.arange(value.numel()).view(value.shape) % (7 + number) / 32
+            value.add_(torch.arange(value.numel()).view(value.shape) % (7 + number) / 32)
         logits = model.eval()(inputs())
     FOLDER.mkdir(exist_ok=True)
     path = FOLDER / f"{name}.safetensors"

@@ -179,6 +179,7 @@ def test_a_version_that_fills_the_screen(saved: Path, forge: Forge) -> None:
 
 BAD_FIELDS: list[tuple[str, Any, str]] = [
     ("backbone", 18, "its `backbone` should be a text, found 18."),
+    ("backbone", "\x1b[2J", "its `backbone` has the strange name '\\x1b[2J'."),
     ("num_features", True, "its `num_features` should be an integer, found True."),
     ("num_features", 16.0, "its `num_features` should be an integer, found 16.0."),
     ("num_features", 0, "its `num_features` should be at least 1, found 0."),
@@ -234,11 +235,11 @@ def test_reordered_classes_are_found_by_the_digest(saved: Path, tiny_spec: Backb
         load_artifact(saved, backbone=tiny_spec)
 
 
-class Peak(TorchDispatchMode):
+class Peak(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Note the largest tensor with memory that PyTorch makes."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.numel = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

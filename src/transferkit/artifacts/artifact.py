@@ -16,13 +16,12 @@ from torch import Tensor, nn
 from transferkit._checks import check_flag
 from transferkit.artifacts.claims import check_backbone, check_tensors, read_head
 from transferkit.artifacts.format import read_file, write_file
-from transferkit.artifacts.schema import check_class_names, check_data, check_image_size
+from transferkit.artifacts.schema import check_class_names, check_data, check_image_size, explained
 from transferkit.artifacts.self_test import make_self_test, run_self_test
 from transferkit.errors import (
     ArtifactError,
     ConfigError,
     FreezeError,
-    TransferkitError,
     UnknownNameError,
 )
 from transferkit.images import Preprocess
@@ -136,26 +135,13 @@ def load_artifact(
         raise ConfigError("strict=True is about the self-test: leave `self_test=False` out.")
     tensors, data = read_file(path)
     try:
-        check_data(data)
-        artifact = _build(tensors, data, backbone)
+        with explained(path):
+            check_data(data)
+            artifact = _build(tensors, data, backbone)
     except UnknownNameError as error:
         raise ArtifactError(
             f"The artifact `{path}` needs the backbone `{data.get('backbone')}`, which is not "
             f"registered here. Call `register_backbone` with that name first, or pass `backbone=`."
-        ) from error
-    except TransferkitError as error:
-        raise ArtifactError(f"Cannot build the model of the artifact `{path}`: {error}") from error
-    except (
-        AttributeError,
-        KeyError,
-        TypeError,
-        ValueError,
-        OverflowError,
-        RuntimeError,
-    ) as error:
-        raise ArtifactError(
-            f"The artifact `{path}` is incomplete or inconsistent "
-            f"({type(error).__name__}: {str(error).splitlines()[0]})."
         ) from error
     if self_test:
         run_self_test(path, artifact.model, tensors, strict=strict)

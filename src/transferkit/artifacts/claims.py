@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from transferkit._seeding import seeded_torch
+from transferkit.artifacts.schema import parse_head
 from transferkit.errors import ArtifactError
 from transferkit.models import BackboneSpec, HeadSpec
 
@@ -85,12 +86,7 @@ def read_head(data: Mapping[str, Any], state: Mapping[str, Tensor]) -> HeadSpec:
         ArtifactError: It has other tensors.
         ConfigError: There is no such head.
     """
-    if "head" not in data and data["format_version"] == 1:
-        spec = HeadSpec()  # From before there were others.
-    elif "head" not in data:
-        raise ArtifactError("its metadata has no `head`.")
-    else:
-        spec = HeadSpec.from_dict(data["head"])
+    spec = parse_head(data)
     found = {name: value for name, value in state.items() if name.startswith(_HEAD_PREFIX)}
     with torch.device("meta"):
         head = spec.build(data["num_features"], len(data["class_names"]))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from transferkit.errors import ArtifactError, ConfigError
+from transferkit.errors import ArtifactError, ConfigError, TransferkitError, UnknownNameError
 from transferkit.images import Preprocess
+from transferkit.models import HeadSpec
 
 MAX_IMAGE_VALUES = 2**26
 """The most values of an image that a preprocessing in a file may make: 256 MiB of float32."""
@@ -22,6 +25,39 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "versions": (dict,),
 }
 _WORDS = {str: "a text", int: "an integer", list: "a list", dict: "an object"}
+
+
+@contextmanager
+def explained(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn what reading the data of a file raises into an error that names the file.
+
+    The name of a backbone that is not registered is for the caller to explain.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ArtifactError: The block raised something.
+        UnknownNameError: The block raised it.
+    """
+    try:
+        yield
+    except UnknownNameError:
+        raise
+    except TransferkitError as error:
+        raise ArtifactError(f"Cannot build the model of the artifact `{path}`: {error}") from error
+    except (
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        OverflowError,
+        RuntimeError,
+    ) as error:
+        raise ArtifactError(
+            f"The artifact `{path}` is incomplete or inconsistent "
+            f"({type(error).__name__}: {(str(error).splitlines() or [''])[0]})."
+        ) from error
 
 
 def check_data(data: Mapping[str, Any]) -> None:
@@ -40,6 +76,8 @@ def check_data(data: Mapping[str, Any]) -> None:
         value = data[name]
         if not isinstance(value, kinds) or isinstance(value, bool):
             raise ArtifactError(f"its `{name}` should be {_WORDS[kinds[0]]}, found {value!r:.80}.")
+    if not data["backbone"].isprintable():
+        raise ArtifactError(f"its `backbone` has the strange name {data['backbone']!r:.80}.")
     if data["num_features"] < 1:
         raise ArtifactError(
             f"its `num_features` should be at least 1, found {data['num_features']}."
@@ -54,6 +92,23 @@ def check_data(data: Mapping[str, Any]) -> None:
 
 def _is_text_by_name(value: Mapping[str, object]) -> bool:
     return all(isinstance(each, str) for each in value.values())
+
+
+def parse_head(data: Mapping[str, Any]) -> HeadSpec:
+    """Return the description of the head in the data of an artifact.
+
+    Args:
+        data: The data.
+
+    Raises:
+        ArtifactError: There is none.
+        ConfigError: There is no such head.
+    """
+    if "head" in data:
+        return HeadSpec.from_dict(data["head"])
+    if data["format_version"] == 1:
+        return HeadSpec()  # From before there were others.
+    raise ArtifactError("its metadata has no `head`.")
 
 
 def check_class_names(class_names: Sequence[str], num_classes: int) -> tuple[str, ...]:

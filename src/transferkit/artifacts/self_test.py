@@ -12,7 +12,7 @@ import io
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import torch
@@ -145,6 +145,27 @@ def run_self_test(
     if strict or any(each.is_fatal for each in drifts):
         raise ArtifactError(message)
     warnings.warn(message, ArtifactWarning, stacklevel=3)
+
+
+def name_stages(names: Collection[str]) -> tuple[str, ...]:
+    """Return the stages that the self-test of a file has.
+
+    Args:
+        names: The names of all its tensors.
+
+    Returns:
+        The stages in their order, none where there is no self-test.
+
+    Example:
+        >>> name_stages({"self_test.images", "self_test.logits"})
+        ('preprocess and model',)
+    """
+    if _IMAGES not in names or _LOGITS not in names:
+        return ()
+    if _PREPROCESSED not in names:
+        return ("preprocess and model",)
+    decodes = any(f"{_PREFIX}{kind}" in names for kind in _ENCODED)
+    return (*(("decode",) if decodes else ()), "preprocess", "model")
 
 
 def check_self_test(

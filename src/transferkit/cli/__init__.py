@@ -12,8 +12,10 @@ from collections.abc import Sequence
 
 from transferkit import __version__
 from transferkit.cli.backbones import add_backbones
+from transferkit.cli.card import add_card
 from transferkit.cli.check import add_check
 from transferkit.cli.features import add_features
+from transferkit.cli.info import add_info
 from transferkit.cli.options import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_OK
 from transferkit.cli.predict import add_predict
 from transferkit.cli.train import add_train
@@ -64,6 +66,8 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_train(commands)
     add_predict(commands)
+    add_info(commands)
+    add_card(commands)
     add_features(commands)
     add_check(commands)
     add_backbones(commands)
