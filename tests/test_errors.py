@@ -47,7 +47,7 @@ def test_all_names_every_error_class() -> None:
     found = {
         name
         for name, value in vars(errors).items()
-        if isinstance(value, type) and issubclass(value, TransferkitError)
+        if isinstance(value, type) and issubclass(value, (TransferkitError, Warning))
     }
     assert set(errors.__all__) == found
 

@@ -83,7 +83,15 @@ def test_metadata_is_the_documented_one(saved: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "names", [("a b", "c  d"), ("Ämeise", "蜂"), ("'; --", '"'), ("10", "9"), ("\ud83d\udc1d", "x")]
+    "names",
+    [
+        ("a\nb", "c d"),
+        ("\x1b[2J", "\udcff"),
+        ("Ämeise", "蜂"),
+        ("'; --", '"'),
+        ("10", "9"),
+        ("\ud83d\udc1d", "x"),
+    ],
 )
 def test_class_names_round_trip(
     names: tuple[str, str], model: Classifier, tiny_spec: BackboneSpec, tmp_path: Path

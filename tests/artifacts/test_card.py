@@ -23,6 +23,7 @@ HOSTILE = [
     "<script>alert(1)</script>", "**bold**", "a|b", "[x](https://evil.example)", "`code`",
     "# title", "---", "1. one", "&amp;", "@someone", "\u202egpj.exe", "\ud800", "![](x.png)",
     "https://evil.example", "$x$", "    indented", "{{ template }}", "\\", "'; --", "- list",
+    "a\n\n# b", "\x1b[2J",
 ]  # fmt: skip
 
 

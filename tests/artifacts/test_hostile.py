@@ -192,10 +192,7 @@ BAD_FIELDS: list[tuple[str, Any, str]] = [
      "the model, found ['a', 1]."),
     ("class_names", ["a", ["b"]], "`class_names` should be 2 different texts, one for each class "
      "of the model, found ['a', ['b']]."),
-    ("class_names", ["a", ""], "A class name should be a text without control characters, found "
-     "''. Rename the class."),
-    ("class_names", ["a", "\x1b[2J"], "A class name should be a text without control characters, "
-     "found '\\x1b[2J'. Rename the class."),
+    ("class_names", ["a", ""], "A class name should not be empty, as that of class 1 is. Name it."),
     ("class_names", [], "`num_classes` should be an integer of at least 2, found 0."),
     ("preprocess", [], "its `preprocess` should be an object, found []."),
     ("freeze_plan", None, "its `freeze_plan` should be an object, found None."),
@@ -350,12 +347,10 @@ def test_registered_backbones_load_with_any_number_of_channels(
 # What would be refused is not written either
 
 
-def test_class_names_with_control_characters(model: Classifier, tmp_path: Path) -> None:
-    message = (
-        "A class name should be a text without control characters, found 'a\\nb'. Rename the class."
-    )
+def test_an_empty_class_name(model: Classifier, tmp_path: Path) -> None:
+    message = "A class name should not be empty, as that of class 0 is. Name it."
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
-        save_artifact(tmp_path / "m.safetensors", model, class_names=("a\nb", "c"))
+        save_artifact(tmp_path / "m.safetensors", model, class_names=("", "c"))
 
 
 def test_images_that_are_too_large(tiny_spec: BackboneSpec, tmp_path: Path) -> None:

@@ -161,14 +161,14 @@ def test_nothing_in_the_file_moves_the_cursor(saved: Path, forge: Forge) -> None
     forge(
         saved,
         lambda data: data.update(
-            class_names=["\u202eants", "\ud800"],
+            class_names=["\u202eants", "\ud800\x1b[2J"],
             versions={"\x1b[2J": "1\n2"},
             weights_license="a\rb",
         ),
     )
     text = read_info(saved).describe()
     assert all(line.isprintable() for line in text.split("\n"))
-    assert "2: \\u202eants, \\ud800\n" in text
+    assert "2: \\u202eants, \\ud800\\x1b[2J\n" in text
     assert "\\x1b[2J 1\\n2" in text
     assert "a\\rb" in text
 

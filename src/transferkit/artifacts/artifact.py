@@ -71,8 +71,7 @@ def save_artifact(
     Args:
         path: Where to write; an existing file is replaced only when all is written.
         model: The model; its mode and weights are left as they are.
-        class_names: The names of the classes, by index, all different, none empty or with
-            control characters.
+        class_names: The names of the classes, by index, all different and none empty.
         history: Plain JSON data about the fit.
 
     Returns:
