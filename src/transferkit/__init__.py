@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         data,
         errors,
         evaluation,
+        exporting,
         images,
         inference,
         models,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
         wrap_dataset,
     )
     from transferkit.errors import TransferkitError
+    from transferkit.exporting import export_onnx, export_openvino, export_program
     from transferkit.images import Preprocess, decode_image
     from transferkit.inference import Prediction, Predictor
     from transferkit.models import (
@@ -120,6 +122,10 @@ __all__ = [
     "decode_image",
     "errors",
     "evaluation",
+    "export_onnx",
+    "export_openvino",
+    "export_program",
+    "exporting",
     "get_backbone",
     "image_grid",
     "images",
@@ -156,6 +162,7 @@ _ROOMS = (
     "data",
     "errors",
     "evaluation",
+    "exporting",
     "images",
     "inference",
     "models",
@@ -180,6 +187,7 @@ _HOMES = {
         "wrap_dataset",
     ),
     "errors": ("TransferkitError",),
+    "exporting": ("export_onnx", "export_openvino", "export_program"),
     "images": ("Preprocess", "decode_image"),
     "inference": ("Prediction", "Predictor"),
     "models": (

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from transferkit import __version__
 from transferkit.cli.backbones import add_backbones
 from transferkit.cli.check import add_check
+from transferkit.cli.export import add_export
 from transferkit.cli.features import add_features
 from transferkit.cli.options import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_OK
 from transferkit.cli.predict import add_predict
@@ -65,6 +66,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_train(commands)
     add_predict(commands)
     add_features(commands)
+    add_export(commands)
     add_check(commands)
     add_backbones(commands)
     return parser

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -81,6 +82,11 @@ def convert_to_openvino(network: nn.Module, shape: tuple[int, ...]) -> Any:
     model = reader.convert(reader.load(decoder))
     model.reshape(import_openvino().PartialShape([-1, *shape]))
     return model
+
+
+def read_openvino(graph: Path, weights: Path) -> Any:
+    """Read an `openvino.Model` into memory, so that its files are free again."""
+    return _core().read_model(graph.read_bytes(), weights.read_bytes())
 
 
 def compile_openvino(model: Any, precision: str = "float32") -> Run:
