@@ -48,6 +48,7 @@ if TYPE_CHECKING:
         HeadSpec,
         build_model,
         get_backbone,
+        import_model,
         list_backbones,
         register_backbone,
     )
@@ -129,6 +130,7 @@ __all__ = [
     "get_backbone",
     "image_grid",
     "images",
+    "import_model",
     "imshow",
     "inference",
     "k_folds",
@@ -197,6 +199,7 @@ _HOMES = {
         "HeadSpec",
         "build_model",
         "get_backbone",
+        "import_model",
         "list_backbones",
         "register_backbone",
     ),

@@ -15,6 +15,7 @@ from transferkit.cli.backbones import add_backbones
 from transferkit.cli.check import add_check
 from transferkit.cli.export import add_export
 from transferkit.cli.features import add_features
+from transferkit.cli.import_ import add_import
 from transferkit.cli.options import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_OK
 from transferkit.cli.predict import add_predict
 from transferkit.cli.train import add_train
@@ -67,6 +68,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_predict(commands)
     add_features(commands)
     add_export(commands)
+    add_import(commands)
     add_check(commands)
     add_backbones(commands)
     return parser
