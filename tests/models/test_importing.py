@@ -82,7 +82,7 @@ def test_efficientnet_lite0_of_timm(tmp_path: Path) -> None:
     [
         nn.DataParallel,
         torch.compile,
-        lambda network: nn.DataParallel(torch.compile(network)),
+        lambda network: nn.DataParallel(nn.ModuleDict({"_orig_mod": network})),
         lambda network: nn.ModuleDict({"model": network}),
     ],
     ids=["DataParallel", "compile", "both", "Lightning"],
