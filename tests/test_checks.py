@@ -8,6 +8,7 @@ import pytest
 
 from transferkit._checks import (
     check_callable,
+    check_choice,
     check_integer,
     check_number,
     check_path,
@@ -28,6 +29,15 @@ def test_what_is_no_integer_or_too_small(value: object) -> None:
     message = f"`epochs` should be an integer of at least 1, found {value!r}."
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         check_integer("epochs", value, minimum=1)
+
+
+def test_words_that_may_be_chosen() -> None:
+    for word in ("on", "off"):
+        check_choice("mode", word, ("on", "off"))
+    for value in ("On", None, 1, ["on"]):
+        message = f'`mode` should be "on" or "off", found {value!r}.'
+        with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+            check_choice("mode", value, ("on", "off"))
 
 
 @pytest.mark.parametrize("value", [0.5, 1, np.float32(0.5), np.int64(1)])

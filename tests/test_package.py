@@ -11,7 +11,17 @@ import pytest
 
 import transferkit
 
-HEAVY = ("torch", "torchvision", "matplotlib", "timm", "openvino", "onnx", "numpy", "PIL")
+HEAVY = (
+    "torch",
+    "torchvision",
+    "matplotlib",
+    "timm",
+    "openvino",
+    "onnx",
+    "onnxruntime",
+    "numpy",
+    "PIL",
+)
 
 
 def modules_after(code: str) -> set[str]:
@@ -53,4 +63,4 @@ def test_help_imports_nothing_heavy() -> None:
 
 def test_training_needs_no_plotting_and_no_extras() -> None:
     loaded = modules_after("import transferkit\ntransferkit.Trainer, transferkit.Predictor")
-    assert not loaded.intersection({"matplotlib", "timm", "openvino", "onnx"})
+    assert not loaded.intersection({"matplotlib", "timm", "openvino", "onnx", "onnxruntime"})

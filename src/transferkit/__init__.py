@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         data,
         errors,
         evaluation,
+        exporting,
         images,
         inference,
         models,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
         wrap_dataset,
     )
     from transferkit.errors import TransferkitError
+    from transferkit.exporting import export_onnx, export_openvino, export_program
     from transferkit.images import Preprocess, decode_image
     from transferkit.inference import Prediction, Predictor
     from transferkit.models import (
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
         HeadSpec,
         build_model,
         get_backbone,
+        import_model,
         list_backbones,
         register_backbone,
     )
@@ -120,9 +123,14 @@ __all__ = [
     "decode_image",
     "errors",
     "evaluation",
+    "export_onnx",
+    "export_openvino",
+    "export_program",
+    "exporting",
     "get_backbone",
     "image_grid",
     "images",
+    "import_model",
     "imshow",
     "inference",
     "k_folds",
@@ -158,6 +166,7 @@ _ROOMS = (
     "data",
     "errors",
     "evaluation",
+    "exporting",
     "images",
     "inference",
     "models",
@@ -182,6 +191,7 @@ _HOMES = {
         "wrap_dataset",
     ),
     "errors": ("TransferkitError",),
+    "exporting": ("export_onnx", "export_openvino", "export_program"),
     "images": ("Preprocess", "decode_image"),
     "inference": ("Prediction", "Predictor"),
     "models": (
@@ -191,6 +201,7 @@ _HOMES = {
         "HeadSpec",
         "build_model",
         "get_backbone",
+        "import_model",
         "list_backbones",
         "register_backbone",
     ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,28 @@ def check_type(name: str, value: object, kind: type | tuple[type, ...], words: s
     """
     if not isinstance(value, kind):
         raise ConfigError(f"`{name}` should be {words}, found {type(value).__name__}.")
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Pass over a value that is one of several words.
+
+    Args:
+        name: The parameter's name, for the message.
+        value: What was given.
+        choices: The words, at least two.
+
+    Raises:
+        ConfigError: It is none of them.
+
+    Example:
+        >>> check_choice("engine", "onnx", ["pytorch", "openvino", "onnxruntime"])
+        Traceback (most recent call last):
+        transferkit.errors.ConfigError: `engine` should be "pytorch", "openvino" or \
+"onnxruntime", found 'onnx'.
+    """
+    if value not in choices:
+        *others, last = (f'"{each}"' for each in choices)
+        raise ConfigError(f"`{name}` should be {', '.join(others)} or {last}, found {value!r}.")
 
 
 def check_callable(name: str, value: Any, words: str) -> None:

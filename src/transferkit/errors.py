@@ -18,6 +18,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "ExportError",
     "FeatureError",
     "FreezeError",
     "ImageError",
@@ -50,6 +51,10 @@ class ImageError(TransferkitError, ValueError):
 
 class BackboneError(TransferkitError, ValueError):
     """A backbone cannot be built or does not keep its contract."""
+
+
+class ExportError(TransferkitError, RuntimeError):
+    """A model cannot be exported, or would compute something else after it."""
 
 
 class FeatureError(TransferkitError, RuntimeError):

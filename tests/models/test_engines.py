@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from transferkit.errors import BackboneError, ConfigError, MissingDependencyError
-from transferkit.models import build_model, engine_facts, engines, openvino_engine
+from transferkit.models import build_model, engine_facts, engines
 from transferkit.models.engines import (
     choose_batch_size,
     find_batch_size,
@@ -23,7 +23,8 @@ from transferkit.models.engines import (
 )
 
 CPU = torch.device("cpu")
-ENGINES = ["pytorch", "openvino"]
+ENGINES = ["pytorch", "openvino", "onnxruntime"]
+CONVERTING = [("openvino", "OpenVINO"), ("onnxruntime", "ONNX Runtime")]
 
 
 def make_network() -> nn.Sequential:
@@ -54,8 +55,15 @@ def assert_close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> No
 
 @pytest.fixture(params=ENGINES)
 def engine_name(request: pytest.FixtureRequest) -> Any:
-    if request.param == "openvino":
-        pytest.importorskip("openvino")
+    if request.param != "pytorch":
+        pytest.importorskip(request.param)
+    return request.param
+
+
+@pytest.fixture(params=CONVERTING, ids=lambda param: param[0])
+def converting(request: pytest.FixtureRequest) -> Any:
+    """An engine that converts, with the name of its library."""
+    pytest.importorskip(request.param[0])
     return request.param
 
 
@@ -218,35 +226,59 @@ def test_pytorch_runs_what_cannot_be_traced() -> None:
         assert_close(engine(images), evaluate(network, images))
 
 
-def test_openvino_refuses_what_a_conversion_would_change() -> None:
-    pytest.importorskip("openvino")
+def test_what_a_conversion_would_change_is_refused(converting: Any) -> None:
+    engine, library = converting
     network = Switch(nn.Conv2d(3, 1, 1, bias=False))
     nn.init.constant_(network.inner.weight, 0.0)  # type: ignore[arg-type]
     message = (
-        "The network gives other values in OpenVINO than in PyTorch: relative to the largest "
+        f"The network gives other values in {library} than in PyTorch: relative to the largest "
         "they differ by 1, allowed are 0.0001. Its forward pass may depend on the values or the "
         'number of images. Take engine="pytorch".'
     )
     with pytest.raises(BackboneError, match=f"^{re.escape(message)}$"):
-        make_engine(network, engine="openvino", device=CPU)(noise())
+        make_engine(network, engine=engine, device=CPU)(noise())
+
+
+class Nothing(nn.Module):
+    """Gives what is no number."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images * float("nan")
+
+
+def test_values_that_are_no_numbers_agree_with_nothing(converting: Any) -> None:
+    engine, library = converting
+    message = f"The network gives other values in {library} than in PyTorch: relative to the "
+    with pytest.raises(BackboneError, match=f"^{message}largest they differ by nan, "):
+        make_engine(Nothing(), engine=engine, device=CPU)(noise())
 
 
 class Unconvertible(nn.Module):
-    """Calls an operator that OpenVINO does not know."""
+    """Calls an operator that no other library knows."""
 
     def forward(self, images: Tensor) -> Tensor:
         outputs: Tensor = torch.special.bessel_j0(images)
         return outputs
 
 
-def test_openvino_names_what_it_cannot_convert() -> None:
-    pytest.importorskip("openvino")
+REASONS = {
+    "openvino": "No conversion rule found for operations: aten::special_bessel_j0",
+    "onnxruntime": "Exporting the operator 'aten::special_bessel_j0' to ONNX opset version 18 is "
+    "not supported",
+}
+
+
+def test_what_cannot_be_converted_is_named(
+    converting: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    engine, library = converting
     message = (
-        "OpenVINO cannot convert the network for images of the shape (3, 12, 12): No conversion "
-        'rule found for operations: aten::special_bessel_j0. Take engine="pytorch".'
+        f"{library} cannot convert the network for images of the shape (3, 12, 12): "
+        f'{REASONS[engine]}. Take engine="pytorch".'
     )
     with pytest.raises(BackboneError, match=f"^{re.escape(message)}$"):
-        make_engine(Unconvertible(), engine="openvino", device=CPU)(noise())
+        make_engine(Unconvertible(), engine=engine, device=CPU)(noise())
+    assert capfd.readouterr() == ("", "")
 
 
 class Pair(nn.Module):
@@ -270,11 +302,10 @@ def test_networks_give_one_tensor_with_a_row_for_each_image(network: nn.Module, 
         make_engine(network, device=CPU)(noise())
 
 
-def test_openvino_gets_one_tensor_too() -> None:
-    pytest.importorskip("openvino")
+def test_conversions_are_of_one_tensor_too(converting: Any) -> None:
     message = "The network should give one tensor with a row for each of 2 images, found tuple."
     with pytest.raises(BackboneError, match=f"^{re.escape(message)}$"):
-        make_engine(Pair(), engine="openvino", device=CPU)(noise())
+        make_engine(Pair(), engine=converting[0], device=CPU)(noise())
 
 
 @pytest.mark.parametrize(
@@ -282,7 +313,7 @@ def test_openvino_gets_one_tensor_too() -> None:
     [
         (
             {"engine": "onnx"},
-            '`engine` should be "pytorch" or "openvino", found \'onnx\'.',
+            '`engine` should be "pytorch", "openvino" or "onnxruntime", found \'onnx\'.',
         ),
         (
             {"precision": "float16"},
@@ -293,6 +324,16 @@ def test_openvino_gets_one_tensor_too() -> None:
             'engine="openvino" runs on the CPU, the model is on `cuda:0`. Move it to the CPU, or '
             'take engine="pytorch".',
         ),
+        (
+            {"engine": "onnxruntime", "device": torch.device("cuda:0")},
+            'engine="onnxruntime" runs on the CPU, the model is on `cuda:0`. Move it to the CPU, '
+            'or take engine="pytorch".',
+        ),
+        (
+            {"engine": "onnxruntime", "precision": "bfloat16"},
+            'engine="onnxruntime" computes in float32, found precision="bfloat16". Take '
+            'precision="float32", or another engine.',
+        ),
     ],
 )
 def test_engines_that_there_are_not(options: dict[str, Any], message: str) -> None:
@@ -300,7 +341,7 @@ def test_engines_that_there_are_not(options: dict[str, Any], message: str) -> No
         make_engine(make_network(), **{"device": CPU, **options})
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ["pytorch", "openvino"])
 def test_bfloat16_needs_a_processor_that_has_it(
     monkeypatch: pytest.MonkeyPatch, engine: Any
 ) -> None:
@@ -324,17 +365,24 @@ def test_bfloat16_is_coarser_and_said() -> None:
     assert engine.describe()["precision"] == "bfloat16"
 
 
-def test_openvino_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(name: str) -> Any:
-        raise ModuleNotFoundError(name)
-
-    monkeypatch.setattr(openvino_engine.importlib, "import_module", refuse)  # type: ignore[attr-defined]
+@pytest.mark.parametrize(
+    ("engine", "package", "extra"),
+    [
+        ("openvino", "openvino", "openvino"),
+        ("onnxruntime", "onnx", "onnx"),
+        ("onnxruntime", "onnxruntime", "onnx"),
+    ],
+)
+def test_engines_that_are_not_installed(
+    monkeypatch: pytest.MonkeyPatch, engine: Any, package: str, extra: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
     message = (
-        'engine="openvino" needs `openvino`, which is not installed: pip install '
-        '"transferkit[openvino]"'
+        f'engine="{engine}" needs `{package}`, which is not installed: pip install '
+        f'"transferkit[{extra}]"'
     )
     with pytest.raises(MissingDependencyError, match=f"^{re.escape(message)}$"):
-        make_engine(make_network(), engine="openvino", device=CPU)
+        make_engine(make_network(), engine=engine, device=CPU)
 
 
 @pytest.mark.parametrize("name", ["avx512_bf16", "amx_bf16", "bf16", "sve_bf16"])
@@ -409,10 +457,31 @@ def test_batch_size_is_tried_where_that_pays(monkeypatch: pytest.MonkeyPatch) ->
     assert choose_batch_size(engine, shape, num_images=10, device=cuda) == 8
 
 
-def test_batch_size_of_few_images_in_openvino() -> None:
-    pytest.importorskip("openvino")
-    engine = make_engine(make_network(), engine="openvino", device=CPU)
-    assert choose_batch_size(engine, (3, 12, 12), num_images=1999, device=CPU) == 8
+@pytest.mark.parametrize(("name", "size"), [("openvino", 8), ("onnxruntime", 16)])
+def test_batch_size_of_few_images_in_other_libraries(name: Any, size: int) -> None:
+    pytest.importorskip(name)
+    engine = make_engine(make_network(), engine=name, device=CPU)
+    assert choose_batch_size(engine, (3, 12, 12), num_images=1999, device=CPU) == size
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_threads_of_onnx_runtime_are_those_of_pytorch(
+    monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    onnxruntime: Any = pytest.importorskip("onnxruntime")
+    opened = []
+
+    class Session(onnxruntime.InferenceSession):  # type: ignore[misc]
+        def __init__(self, model: Any, options: Any, **others: Any) -> None:
+            opened.append(options.intra_op_num_threads)
+            super().__init__(model, options, **others)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: count)
+    engine = make_engine(make_network(), engine="onnxruntime", device=CPU)
+    for images in (noise(), noise(5), noise(size=16), noise(1)):
+        engine(images)
+    assert opened == [count, count]  # One for each size of images.
 
 
 def test_batch_sizes_are_multiples_of_the_first() -> None:

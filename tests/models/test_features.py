@@ -100,10 +100,13 @@ def test_workers_end_with_the_pass(model: Classifier, tiny_splits: ImageSplits) 
     assert loader._workers is None
 
 
-def test_features_by_openvino(model: Classifier, tiny_splits: ImageSplits) -> None:
-    pytest.importorskip("openvino")
+@pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
+def test_features_by_other_engines(
+    model: Classifier, tiny_splits: ImageSplits, engine: Any
+) -> None:
+    pytest.importorskip(engine)
     expected = extract_features(model, tiny_splits.train, verbose=False)
-    found = extract_features(model, tiny_splits.train, engine="openvino", verbose=False)
+    found = extract_features(model, tiny_splits.train, engine=engine, verbose=False)
     assert torch.allclose(found.values, expected.values, rtol=1e-5, atol=1e-6)
 
 

@@ -309,8 +309,13 @@ def test_truncated_file_is_refused(tmp_path: Path, name: str) -> None:
         (torch.zeros(2), "Tensor"),
         ([torch.zeros(2)], "list"),
         (
-            {"epoch": 3, "model": {"weight": torch.zeros(2)}, "a": 1, "b": 2},
+            {"epoch": 3, "model": {"weight": 1.0}, "a": {}, "b": 2},
             "dict with the keys ['epoch', 'model', 'a']",
+        ),
+        (
+            {"epoch": 3, "model": {"w": torch.zeros(2)}, "model_ema": {"w": torch.zeros(2)}},
+            "dict with the keys ['epoch', 'model', 'model_ema'], 2 of them state dicts (model, "
+            "model_ema)",
         ),
         ({0: torch.zeros(2)}, "dict with the keys [0]"),
     ],

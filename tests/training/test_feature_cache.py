@@ -385,7 +385,10 @@ def test_activations_that_do_not_fit_are_not_cached_unasked(
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"views": -1}, '`views` should be "epochs" or an integer of at least 0, found -1.'),
     ({"views": "all"}, "`views` should be \"epochs\" or an integer of at least 0, found 'all'."),
-    ({"engine": "onnx"}, '`engine` should be "pytorch" or "openvino", found \'onnx\'.'),
+    (
+        {"engine": "onnx"},
+        '`engine` should be "pytorch", "openvino" or "onnxruntime", found \'onnx\'.',
+    ),
     ({"precision": "fp16"}, '`precision` should be "float32" or "bfloat16", found \'fp16\'.'),
     ({"memory_bytes": -1}, "`memory_bytes` should be an integer of at least 0, found -1."),
     ({"batch_size": 0}, "`batch_size` should be an integer of at least 1, found 0."),
@@ -416,9 +419,10 @@ def test_workers_do_not_matter(options: dict[str, Any], make: Make) -> None:
     assert np.array_equal(found, expected)
 
 
-def test_openvino_computes_the_same_features(make: Make) -> None:
-    pytest.importorskip("openvino")
+@pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
+def test_other_engines_compute_the_same_features(make: Make, engine: Any) -> None:
+    pytest.importorskip(engine)
     expected = losses(make(freeze="backbone", cache=FeatureCache()).fit(2))
-    trainer = make(freeze="backbone", cache=FeatureCache(engine="openvino"))
+    trainer = make(freeze="backbone", cache=FeatureCache(engine=engine))
     assert losses(trainer.fit(2)) == pytest.approx(expected, abs=1e-4)
-    assert trainer.history.settings["features"]["probe"]["engine"] == "openvino"
+    assert trainer.history.settings["features"]["probe"]["engine"] == engine

@@ -14,8 +14,10 @@ from transferkit import __version__
 from transferkit.cli.backbones import add_backbones
 from transferkit.cli.card import add_card
 from transferkit.cli.check import add_check
+from transferkit.cli.export import add_export
 from transferkit.cli.features import add_features
 from transferkit.cli.info import add_info
+from transferkit.cli.import_ import add_import
 from transferkit.cli.options import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_OK
 from transferkit.cli.predict import add_predict
 from transferkit.cli.train import add_train
@@ -69,6 +71,8 @@ def make_parser() -> argparse.ArgumentParser:
     add_info(commands)
     add_card(commands)
     add_features(commands)
+    add_export(commands)
+    add_import(commands)
     add_check(commands)
     add_backbones(commands)
     return parser

@@ -36,7 +36,7 @@ def add_features(commands: Any) -> None:
     )
     parser.add_argument(
         "--engine",
-        choices=("pytorch", "openvino"),
+        choices=("pytorch", "openvino", "onnxruntime"),
         default="pytorch",
         help="what computes them (default: %(default)s)",
     )

@@ -196,7 +196,7 @@ def _add_cache(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--engine",
-        choices=("pytorch", "openvino"),
+        choices=("pytorch", "openvino", "onnxruntime"),
         help="what computes cached features (default: pytorch)",
     )
     parser.add_argument(

@@ -12,6 +12,7 @@ from transferkit.models.classifier import Classifier
 from transferkit.models.features import Features
 from transferkit.models.freezing import BatchNormMode, FreezePlan
 from transferkit.models.heads import HeadSpec
+from transferkit.models.importing import import_model
 from transferkit.models.pretrained_head import PretrainedHead
 from transferkit.models.registry import get_backbone, list_backbones, register_backbone
 from transferkit.models.spec import BackboneSpec
@@ -33,6 +34,7 @@ __all__ = [
     "StageSummary",
     "build_model",
     "get_backbone",
+    "import_model",
     "list_backbones",
     "register_backbone",
 ]

@@ -254,7 +254,8 @@ class Classifier(nn.Module):
 
         Args:
             data: The pictures, or a folder of them; its subfolders are the classes, if any.
-            engine: What computes them: "pytorch", or "openvino" where that extra is installed.
+            engine: What computes them: "pytorch", or "openvino" or "onnxruntime" where the
+                extra `openvino` or `onnx` is installed.
             precision: "float32", or "bfloat16" where the processor has it.
             batch_size: Pictures in a batch; "auto" takes what is fast on this machine.
             num_workers: Threads or processes that read pictures; "auto" chooses.

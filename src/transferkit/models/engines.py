@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
+from transferkit._checks import check_choice
 from transferkit._seeding import generator_for
 from transferkit.errors import ConfigError
 from transferkit.models.engine_facts import (
@@ -18,13 +19,14 @@ from transferkit.models.engine_facts import (
     one_tensor,
 )
 from transferkit.models.folding import count_batch_norms, fold_batch_norms
+from transferkit.models.onnx_engine import ONNXRuntimeEngine, import_onnx
 from transferkit.models.openvino_engine import OpenVINOEngine, import_openvino
 
-EngineName: TypeAlias = Literal["pytorch", "openvino"]
+EngineName: TypeAlias = Literal["pytorch", "openvino", "onnxruntime"]
 Precision: TypeAlias = Literal["float32", "bfloat16"]
 
 BATCH_SIZES = (8, 16, 32, 64)
-DEFAULT_BATCH_SIZE, OPENVINO_BATCH_SIZE = 32, 8
+DEFAULT_BATCH_SIZE, OPENVINO_BATCH_SIZE, ONNX_BATCH_SIZE = 32, 8, 16
 """Where none is tried: on CPUs these are about the fastest."""
 
 NUM_WORTH_TUNING = 2000
@@ -68,8 +70,10 @@ def make_engine(
     Args:
         prefix: The network, from images `(N, C, H, W)` to `(N, ...)`, in any mode; it is not
             changed, and what changes in it later has no effect.
-        engine: "pytorch", or "openvino" where that extra is installed, on the CPU.
-        precision: What is computed in: "float32", or "bfloat16" where the processor has it.
+        engine: "pytorch"; "openvino" or "onnxruntime" where the extra `openvino` or `onnx` is
+            installed, on the CPU.
+        precision: What is computed in: "float32", or "bfloat16" where the processor has it;
+            "onnxruntime" computes in float32 alone.
         device: Where it runs.
 
     Returns:
@@ -77,7 +81,7 @@ def make_engine(
 
     Raises:
         ConfigError: There is no such engine or precision, or not on this device.
-        MissingDependencyError: OpenVINO is not installed.
+        MissingDependencyError: OpenVINO or ONNX Runtime is not installed.
 
     Example:
         >>> network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
@@ -88,6 +92,8 @@ def make_engine(
     check_engine(engine, precision, device)
     if engine == "openvino":
         return OpenVINOEngine(prefix, precision=precision)
+    if engine == "onnxruntime":
+        return ONNXRuntimeEngine(prefix)
     return PyTorchEngine(prefix, precision=precision, device=device)
 
 
@@ -101,19 +107,24 @@ def check_engine(engine: EngineName, precision: Precision, device: torch.device)
 
     Raises:
         ConfigError: There is no such engine or precision, or not on this device.
-        MissingDependencyError: OpenVINO is not installed.
+        MissingDependencyError: OpenVINO or ONNX Runtime is not installed.
     """
     for name, value, kind in (("engine", engine, EngineName), ("precision", precision, Precision)):
-        if value not in get_args(kind):
-            words = " or ".join(f'"{each}"' for each in get_args(kind))
-            raise ConfigError(f"`{name}` should be {words}, found {value!r}.")
-    if engine == "openvino" and device.type != "cpu":
+        check_choice(name, value, get_args(kind))
+    if engine != "pytorch" and device.type != "cpu":
         raise ConfigError(
-            f'engine="openvino" runs on the CPU, the model is on `{device}`. Move it to the CPU, '
+            f'engine="{engine}" runs on the CPU, the model is on `{device}`. Move it to the CPU, '
             f'or take engine="pytorch".'
+        )
+    if engine == "onnxruntime" and precision != "float32":
+        raise ConfigError(
+            f'engine="onnxruntime" computes in float32, found precision="{precision}". Take '
+            f'precision="float32", or another engine.'
         )
     if engine == "openvino":
         import_openvino()
+    if engine == "onnxruntime":
+        import_onnx()
     if precision == "bfloat16" and not has_bfloat16(device):
         raise ConfigError(
             f'precision="bfloat16" needs a processor with instructions for it (AVX512-BF16, AMX '
@@ -213,7 +224,7 @@ def choose_batch_size(
 ) -> int:
     """Choose a batch size for so many images, by trying where that pays.
 
-    Few images on a CPU go through in batches of 32, or of 8 in OpenVINO.
+    Few images on a CPU go through in batches of 32, of 8 in OpenVINO, of 16 in ONNX Runtime.
 
     Args:
         engine: The engine.
@@ -225,5 +236,7 @@ def choose_batch_size(
         8, 16, 32 or 64.
     """
     if device.type == "cpu" and num_images < NUM_WORTH_TUNING:
-        return OPENVINO_BATCH_SIZE if isinstance(engine, OpenVINOEngine) else DEFAULT_BATCH_SIZE
+        if isinstance(engine, OpenVINOEngine):
+            return OPENVINO_BATCH_SIZE
+        return ONNX_BATCH_SIZE if isinstance(engine, ONNXRuntimeEngine) else DEFAULT_BATCH_SIZE
     return find_batch_size(engine, image_shape)

@@ -161,7 +161,8 @@ def compute_features(
     Args:
         model: The model; in eval mode for the pass, afterwards in the mode it was in.
         loader: The loader of the pictures; its workers end with the pass.
-        engine: What computes them: "pytorch", or "openvino" where that extra is installed.
+        engine: What computes them: "pytorch", or "openvino" or "onnxruntime" where the extra
+            `openvino` or `onnx` is installed.
         precision: "float32", or "bfloat16" where the processor has it.
         verbose: Show a progress bar.
 
@@ -171,7 +172,7 @@ def compute_features(
 
     Raises:
         ConfigError: There is no such engine or precision, or not on this device.
-        MissingDependencyError: OpenVINO is not installed.
+        MissingDependencyError: OpenVINO or ONNX Runtime is not installed.
         BackboneError: The backbone gives something of another shape than it should.
         ImageError: A picture cannot be read.
         DataError: None can be read, or more were skipped than the loader allows.
@@ -206,10 +207,12 @@ def extract_features(
         model: The model; in eval mode for the pass, afterwards in the mode it was in.
         data: The pictures; or a folder, whose subfolders are the classes where it has two or
             more, and whose pictures have no labels where it has fewer.
-        engine: What computes them: "pytorch", or "openvino" where that extra is installed.
+        engine: What computes them: "pytorch", or "openvino" or "onnxruntime" where the extra
+            `openvino` or `onnx` is installed.
         precision: "float32", or "bfloat16" where the processor has it.
         batch_size: Pictures in a batch; "auto" takes the size that is fastest on this
-            machine where there are many pictures, else 32, or 8 in OpenVINO.
+            machine where there are many pictures, else 32, 8 in OpenVINO or 16 in
+            ONNX Runtime.
         num_workers: Threads or processes that read pictures; 0 reads in the calling thread,
             "auto" takes one where the CPU computes features, and up to 4 beside a GPU.
         on_error: "raise" ends at a picture that cannot be read, "skip" leaves it out.
@@ -221,7 +224,7 @@ def extract_features(
 
     Raises:
         ConfigError: A value cannot work.
-        MissingDependencyError: OpenVINO is not installed.
+        MissingDependencyError: OpenVINO or ONNX Runtime is not installed.
         BackboneError: The backbone gives something of another shape than it should.
         DataError: The folder is missing or holds no pictures, or too many were skipped.
         ImageError: A picture cannot be read.

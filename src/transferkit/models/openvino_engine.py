@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import importlib
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from transferkit._seeding import generator_for
-from transferkit.errors import BackboneError, missing_dependency
-from transferkit.models.engine_facts import describe_processor, one_tensor
+from transferkit.errors import missing_dependency
+from transferkit.models.conversion import NUM_TRACED, ConvertedEngine, Run
+from transferkit.models.engine_facts import describe_processor
 
-_NUM_TRACED, _NUM_COMPARED = 2, 3
 _HINTS = {"float32": "f32", "bfloat16": "bf16"}
-_TOLERANCES = {"float32": 1e-4, "bfloat16": 0.1}
 
 
 @functools.cache
@@ -31,11 +29,8 @@ def _core() -> Any:
     return import_openvino().Core()
 
 
-class OpenVINOEngine:
+class OpenVINOEngine(ConvertedEngine):
     """Run a copy of a network in OpenVINO, converted once for each size of images.
-
-    A conversion fixes what the network's Python does, for any number of images. So each is
-    compared with PyTorch on a few images of noise, more than it was traced with.
 
     Args:
         prefix: The network, from images `(N, C, H, W)` to `(N, ...)`; it is not changed.
@@ -45,23 +40,11 @@ class OpenVINOEngine:
         MissingDependencyError: OpenVINO is not installed.
     """
 
+    library = "OpenVINO"
+
     def __init__(self, prefix: nn.Module, *, precision: str) -> None:
         self._openvino = import_openvino()
-        self._network = copy.deepcopy(prefix).eval().requires_grad_(False)
-        self._precision = precision
-        self._compiled: dict[tuple[int, ...], Any] = {}
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Return float32 `(N, ...)` for images float32 `(N, C, H, W)`.
-
-        Raises:
-            BackboneError: The network cannot be converted, or gives other values after it.
-        """
-        shape = tuple(images.shape[1:])
-        if shape not in self._compiled:
-            with torch.no_grad(), torch.autocast("cpu", enabled=False):
-                self._compiled[shape] = self._compile(shape)
-        return _run(self._compiled[shape], images)
+        super().__init__(prefix, precision=precision)
 
     def describe(self) -> dict[str, Any]:
         """Return all that can change the bits of its results, as plain JSON data."""
@@ -72,55 +55,48 @@ class OpenVINOEngine:
             "processor": describe_processor(torch.device("cpu")),
         }
 
-    def _compile(self, shape: tuple[int, ...]) -> Any:
-        """Convert the network for any number of images of one shape, and compare."""
-        example = torch.zeros(_NUM_TRACED, *shape)
-        one_tensor(self._network(example), _NUM_TRACED)
-        try:
-            converted = self._convert(example)
-            converted.reshape(self._openvino.PartialShape([-1, *shape]))
-            options = {
-                "INFERENCE_PRECISION_HINT": _HINTS[self._precision],
-                "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-                "PERFORMANCE_HINT": "LATENCY",  # All threads at one batch.
-            }
-            compiled = _core().compile_model(converted, "CPU", options)
-        except Exception as error:  # Its parts raise many classes.
-            lines = str(error).splitlines() or [type(error).__name__]
-            raise BackboneError(
-                f"OpenVINO cannot convert the network for images of the shape {shape}: "
-                f'{lines[-1].strip(" -.")}. Take engine="pytorch".'
-            ) from error
-        self._compare(compiled, shape)
-        return compiled
+    def _compile(self, shape: tuple[int, ...]) -> Run:
+        return compile_openvino(convert_to_openvino(self._network, shape), self._precision)
 
-    def _convert(self, example: Tensor) -> Any:
-        """Take the steps of `openvino.convert_model`, which reports its use over the network."""
-        frontend = importlib.import_module("openvino.frontend")
-        decoders = importlib.import_module("openvino.frontend.pytorch.ts_decoder")
-        with warnings.catch_warnings():
-            # PyTorch warns of `trace` itself, and of what it may fix: `_compare` looks at that.
-            warnings.simplefilter("ignore")
-            traced = torch.jit.trace(self._network, example, check_trace=False)  # type: ignore[no-untyped-call]
-        decoder = decoders.TorchScriptPythonDecoder(traced)  # Held until all is converted.
-        reader = frontend.FrontEndManager().load_by_framework("pytorch")
-        return reader.convert(reader.load(decoder))
 
-    def _compare(self, compiled: Any, shape: tuple[int, ...]) -> None:
-        noise = torch.randn(_NUM_COMPARED, *shape, generator=generator_for(0))
-        expected, found = self._network(noise), _run(compiled, noise)
-        difference = float("inf")
-        if found.shape == expected.shape:
-            largest = max(float(expected.abs().max()), 1e-12)
-            difference = float((found - expected).abs().max()) / largest
-        allowed = _TOLERANCES[self._precision]
-        if not difference <= allowed:
-            raise BackboneError(
-                f"The network gives other values in OpenVINO than in PyTorch: relative to the "
-                f"largest they differ by {difference:.3g}, allowed are {allowed:g}. Its forward "
-                f"pass may depend on the values or the number of images. Take "
-                f'engine="pytorch".'
-            )
+def convert_to_openvino(network: nn.Module, shape: tuple[int, ...]) -> Any:
+    """Convert a network for any number of images, without the report of `convert_model`.
+
+    Args:
+        network: The network, in eval mode, from images `(N, C, H, W)` to one tensor `(N, ...)`.
+        shape: (C, H, W) of the images.
+
+    Returns:
+        An `openvino.Model`. Whatever class its parts raise is passed on.
+    """
+    frontend = importlib.import_module("openvino.frontend")
+    decoders = importlib.import_module("openvino.frontend.pytorch.ts_decoder")
+    with warnings.catch_warnings():
+        # PyTorch warns of `trace` itself, and of what it may fix: a comparison looks at that.
+        warnings.simplefilter("ignore")
+        example = torch.zeros(NUM_TRACED, *shape)
+        traced = torch.jit.trace(network, example, check_trace=False)  # type: ignore[no-untyped-call]
+    decoder = decoders.TorchScriptPythonDecoder(traced)  # Held until all is converted.
+    # The steps of `openvino.convert_model`, which reports its use over the network.
+    reader = frontend.FrontEndManager().load_by_framework("pytorch")
+    model = reader.convert(reader.load(decoder))
+    model.reshape(import_openvino().PartialShape([-1, *shape]))
+    return model
+
+
+def read_openvino(graph: Path, weights: Path) -> Any:
+    """Read an `openvino.Model` into memory, so that its files are free again."""
+    return _core().read_model(graph.read_bytes(), weights.read_bytes())
+
+
+def compile_openvino(model: Any, precision: str = "float32") -> Run:
+    """Compile an `openvino.Model` for the CPU, with as many threads as PyTorch has now."""
+    options = {
+        "INFERENCE_PRECISION_HINT": _HINTS[precision],
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",  # All threads at one batch.
+    }
+    return functools.partial(_run, _core().compile_model(model, "CPU", options))
 
 
 def _run(compiled: Any, images: Tensor) -> Tensor:
@@ -129,7 +105,7 @@ def _run(compiled: Any, images: Tensor) -> Tensor:
     return torch.from_numpy(outputs.copy())  # OpenVINO writes the next ones to its place.
 
 
-def import_openvino() -> Any:
+def import_openvino(purpose: str = 'engine="openvino"') -> Any:
     """Return the module `openvino`.
 
     Raises:
@@ -138,6 +114,4 @@ def import_openvino() -> Any:
     try:
         return importlib.import_module("openvino")
     except ModuleNotFoundError as error:
-        raise missing_dependency(
-            "openvino", purpose='engine="openvino"', extra="openvino"
-        ) from error
+        raise missing_dependency("openvino", purpose=purpose, extra="openvino") from error

@@ -21,6 +21,7 @@ from transferkit._downloads import fetch
 from transferkit.errors import WeightsError
 from transferkit.models.pretrained_head import PretrainedHead
 from transferkit.models.spec import BackboneSpec
+from transferkit.models.state_dicts import find_state_dicts, is_state_dict, strip_prefixes
 
 MAX_NAMED_KEYS = 3
 
@@ -84,6 +85,8 @@ def _check_digest(path: Path, name: str, remedy: str) -> None:
 def read_state_dict(path: str | os.PathLike[str]) -> Mapping[str, Tensor]:
     """Read a state dict from a `.safetensors` file or a PyTorch file, without running code.
 
+    A checkpoint that holds one state dict beside other things, such as the epoch, will do.
+
     Args:
         path: The file. Whatever its name, safetensors is recognised by its content only
             where the name says so; everything else is read with `weights_only=True`.
@@ -109,17 +112,17 @@ def read_state_dict(path: str | os.PathLike[str]) -> Mapping[str, Tensor]:
             f"Cannot read the weights file `{file}`: it is damaged, or holds more than "
             f"tensors ({type(error).__name__}). Expected a state dict."
         ) from error
-    if not isinstance(state, Mapping) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
-    ):
-        keys = (
-            f" with the keys {list(state)[:MAX_NAMED_KEYS]}" if isinstance(state, Mapping) else ""
-        )
-        raise WeightsError(
-            f"The weights file `{file}` holds a {type(state).__name__}{keys}. Expected a state "
-            f"dict, names to tensors: save `model.state_dict()` alone."
-        )
-    return state
+    if is_state_dict(state):
+        return state
+    inner = find_state_dicts(state)
+    if len(inner) == 1:
+        return next(iter(inner.values()))
+    keys = f" with the keys {list(state)[:MAX_NAMED_KEYS]}" if isinstance(state, Mapping) else ""
+    several = f", {len(inner)} of them state dicts ({', '.join(inner)})" if inner else ""
+    raise WeightsError(
+        f"The weights file `{file}` holds a {type(state).__name__}{keys}{several}. Expected a "
+        f"state dict, names to tensors: save `model.state_dict()` alone."
+    )
 
 
 def load_into(
@@ -129,7 +132,8 @@ def load_into(
 
     Args:
         network: The network without its head; changed in place.
-        state: A state dict in the provider's names, with or without the head.
+        state: A state dict in the provider's names, with or without the head; prefixes of
+            wrappers (`PREFIXES`) are taken off.
         spec: The backbone's spec, which says what belongs to the head.
 
     Returns:
@@ -138,10 +142,11 @@ def load_into(
     Raises:
         WeightsError: Names or shapes do not fit; the first of them are named.
     """
+    own = network.state_dict()
+    state = strip_prefixes(state, own)
     metadata = getattr(state, "_metadata", None)
     if spec.convert_weights is not None:
         state = spec.convert_weights(state)
-    own = network.state_dict()
     head = {key: value for key, value in state.items() if spec.is_head_key(key)}
     kept: OrderedDict[str, Tensor] = OrderedDict(
         (key, value) for key, value in state.items() if key not in head

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
-from transferkit._checks import check_integer, check_number, check_path
+from transferkit._checks import check_choice, check_integer, check_number, check_path
 from transferkit.errors import ConfigError
 from transferkit.models.engines import EngineName, Precision
 
@@ -24,7 +24,8 @@ class FeatureCache:
             view e mod `views`. 0 takes the evaluation view alone, without augmentation.
             "epochs" computes a new view for every epoch and keeps none: the very pictures
             that training without a cache sees.
-        engine: What computes them: "pytorch", or "openvino" where that extra is installed.
+        engine: What computes them: "pytorch", or "openvino" or "onnxruntime" where the extra
+            `openvino` or `onnx` is installed.
         precision: "float32", or "bfloat16" where the processor has it: faster, with features
             that differ by up to about a hundredth.
         memory_bytes: Features are held in memory up to so many bytes, 1 GiB by default, the
@@ -62,9 +63,7 @@ class FeatureCache:
                     f'`views` should be "epochs" or an integer of at least 0, found {self.views!r}.'
                 ) from None
         for name, kind in (("engine", EngineName), ("precision", Precision)):
-            if getattr(self, name) not in get_args(kind):
-                words = " or ".join(f'"{each}"' for each in get_args(kind))
-                raise ConfigError(f"`{name}` should be {words}, found {getattr(self, name)!r}.")
+            check_choice(name, getattr(self, name), get_args(kind))
         check_integer("memory_bytes", self.memory_bytes, minimum=0)
         if self.batch_size != "auto":
             check_integer("batch_size", self.batch_size, minimum=1)
