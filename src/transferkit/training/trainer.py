@@ -516,12 +516,13 @@ class Trainer:
             ImageError: A picture cannot be read.
         """
         dataset = find_split(self.data, split)
-        loader = self._job.loading.loader(dataset, self.model.preprocess.eval())
+        loading = self._job.loading
+        loader = loading.loader(dataset, loading.eval_transform())
         try:
             with buffers_kept(), self._job.precision.autocast():
                 evaluation = evaluate_model(
                     self.model,
-                    loader.batches(),
+                    (batch for _, batch in loading.images(loader.numbered_batches())),
                     class_names=self.data.class_names,
                     criterion=self.criterion,
                     memory_format=self._job.memory_format,
