@@ -72,7 +72,8 @@ class KeptBatches:
         if self.num_bytes + batch.images.nbytes > self._room:
             self._room = 0  # Kept batches have no gaps.
         elif number >= self._next:
-            self._kept.append((number, Batch(*(_own(each) for each in batch))))
+            own = Batch(_own(batch.images), batch.targets.clone(), _own(batch.indices))
+            self._kept.append((number, own))
             self.num_bytes += batch.images.nbytes
 
     def close(self) -> None:
