@@ -142,11 +142,21 @@ def test_room_on_a_device_is_asked_for_once(
 
     monkeypatch.setattr(resident, "room_on", room)
     meta = torch.device("meta")  # In the place of an accelerator: it has no pixels, but shapes.
-    kept = KeptBatches(loader_of(tiny_splits), meta, budget=0)
+    kept = KeptBatches(loader_of(tiny_splits), meta, budget=1)
     for _ in range(2):
         assert [batch.images.device for _, batch in kept.batches()] == [meta] * 3
     assert asked == [meta]
     assert reads == [*range(8), 6, 7]
+
+
+def test_who_wants_nothing_kept_has_nothing_on_a_device_either(
+    tiny_splits: ImageSplits, monkeypatch: pytest.MonkeyPatch, reads: list[int]
+) -> None:
+    monkeypatch.setattr(resident, "room_on", lambda device: 2**20)
+    kept = KeptBatches(loader_of(tiny_splits), torch.device("meta"), budget=0)
+    for _ in range(2):
+        assert len(list(kept.batches())) == 3
+    assert reads == [*range(8), *range(8)]
 
 
 def test_tensors_are_copied_once_where_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +182,7 @@ def test_batches_stay_on_an_accelerator(tiny_splits: ImageSplits, reads: list[in
         pytest.skip("PyTorch finds no accelerator")
     expected = list(loader_of(tiny_splits).numbered_batches())
     reads.clear()
-    kept = KeptBatches(loader_of(tiny_splits, pin_memory=True), device, budget=0)
+    kept = KeptBatches(loader_of(tiny_splits, pin_memory=True), device, budget=1)
     for _ in range(2):
         found = [
             (number, Batch(*(each.cpu() for each in batch))) for number, batch in kept.batches()

@@ -24,13 +24,13 @@ class KeptBatches:
     """Give the batches of a split that are the same in each pass, and keep those that fit.
 
     The first pass loads them, and keeps the first ones on the device; later passes load what
-    did not fit. On an accelerator `SHARE` of what is free then may be filled, on the CPU a
-    budget of bytes.
+    did not fit.
 
     Args:
         loader: Loads the batches; its transform is deterministic, and gives pixels.
         device: Where the network computes.
-        budget: The most bytes that are kept on the CPU.
+        budget: The most bytes that are kept on the CPU; on an accelerator it is `SHARE` of what
+            is free there when the first pass begins, and nothing where this is 0.
     """
 
     def __init__(self, loader: ImageLoader, device: torch.device, *, budget: int) -> None:
@@ -68,7 +68,8 @@ class KeptBatches:
     def _keep(self, number: int, batch: Batch) -> None:
         """Keep a batch where there is room, and all before it were kept."""
         if self._room is None:
-            self._room = self._budget if self._device.type == "cpu" else room_on(self._device)
+            is_filled = self._device.type != "cpu" and self._budget > 0
+            self._room = room_on(self._device) if is_filled else self._budget
         if self.num_bytes + batch.images.nbytes > self._room:
             self._room = 0  # Kept batches have no gaps.
         elif number >= self._next:
