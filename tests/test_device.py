@@ -6,7 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from transferkit._device import describe_device, resolve_device
+from transferkit._device import (
+    describe_device,
+    free_device_memory,
+    has_streams,
+    resolve_device,
+)
 from transferkit.errors import ConfigError
 
 
@@ -92,3 +97,35 @@ def test_cuda_is_described_with_its_name(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_other_accelerators_are_described_by_their_name() -> None:
     assert describe_device(torch.device("mps:0")) == "mps:0"
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"),
+    [("cuda", True), ("cuda:1", True), ("xpu", True), ("mps", False), ("cpu", False)],
+)
+def test_which_devices_copy_while_they_compute(device: str, expected: bool) -> None:
+    assert has_streams(torch.device(device)) is expected
+
+
+def test_free_memory_is_asked_of_each_kind_of_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.device] = []
+
+    def tell(device: torch.device) -> tuple[int, int]:
+        asked.append(device)
+        return 70, 100
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", tell)
+    monkeypatch.setattr(torch.xpu, "mem_get_info", tell)
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 100)
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 40)
+    devices = [torch.device(name) for name in ("cuda:1", "xpu", "mps", "mtia", "cpu")]
+    assert [free_device_memory(device) for device in devices] == [70, 70, 60, 0, 0]
+    assert asked == devices[:2]
+
+
+@pytest.mark.gpu
+def test_free_memory_of_an_accelerator() -> None:
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device is None:
+        pytest.skip("PyTorch finds no accelerator")
+    assert free_device_memory(device) > 0

@@ -1,4 +1,4 @@
-"""Choosing the device, and saying in words which one it is."""
+"""Choosing the device, saying in words which one it is, and what it can do."""
 
 from __future__ import annotations
 
@@ -66,3 +66,25 @@ def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return str(device)
+
+
+def has_streams(device: torch.device) -> bool:
+    """Tell whether a device copies from page-locked memory while it computes.
+
+    Those of CUDA, ROCm and XPU do. On MPS the memory is that of the CPU.
+
+    Example:
+        >>> has_streams(torch.device("cuda")), has_streams(torch.device("cpu"))
+        (True, False)
+    """
+    return device.type in ("cuda", "xpu")
+
+
+def free_device_memory(device: torch.device) -> int:
+    """Return the bytes that are free on an accelerator; 0 where PyTorch cannot tell."""
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    if device.type in ("cuda", "xpu"):
+        free: int = getattr(torch, device.type).mem_get_info(device)[0]
+        return free
+    return 0

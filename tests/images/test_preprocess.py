@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import pickle
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from torchvision import transforms
 from torchvision.transforms.functional import to_pil_image
 
 from transferkit.errors import ConfigError, UnknownNameError
-from transferkit.images import Preprocess, list_augmentations
+from transferkit.images import Preprocess, is_seedable, list_augmentations
 
 CHANNEL = st.floats(0, 1, allow_nan=False)
 SPREAD = st.floats(1e-3, 2, allow_nan=False)
@@ -192,8 +193,72 @@ def test_unknown_preset_is_an_error() -> None:
 
 def test_transforms_can_be_sent_to_workers() -> None:
     preprocess = Preprocess(crop_size=8, resize_size=8)
-    for transform in (preprocess.eval(), preprocess.train("none")):
+    for transform in (
+        preprocess.eval(),
+        preprocess.eval(normalize=False),
+        preprocess.train("none"),
+        preprocess.train("none", normalize=False),
+    ):
         assert torch.equal(pickle.loads(pickle.dumps(transform))(picture()), transform(picture()))
+
+
+# Normalisation of whole batches, later
+
+
+@pytest.mark.parametrize("crop", [1, 7, 32, 97, 224])
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_a_batch_gives_the_bits_of_its_pictures(crop: int, num_threads: int, layout: Any) -> None:
+    preprocess = Preprocess(crop_size=crop, resize_size=crop)
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (5, 3, crop, crop), dtype=torch.uint8, generator=generator)
+    expected = torch.stack([preprocess.normalize(each) for each in pixels])
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        found = preprocess.normalize(pixels.contiguous(memory_format=layout))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found, expected)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("num_channels", [1, 3, 5])
+@pytest.mark.parametrize("name", [None, *list_augmentations()])
+def test_what_is_normalised_later_gives_the_same_bits(name: str | None, num_channels: int) -> None:
+    if num_channels == 5 and name in ("trivial_augment", "rand_augment", "strong"):
+        pytest.skip("this preset takes 1 or 3 channels")
+    numbers = tuple(0.1 * (channel + 1) for channel in range(num_channels))
+    preprocess = Preprocess(crop_size=31, resize_size=33, mean=numbers, std=numbers)
+    image = picture().repeat(2, 1, 1)[:num_channels]
+    make = preprocess.eval if name is None else partial(preprocess.train, name)
+    views: dict[bool, list[Tensor]] = {}
+    for normalize in (True, False):
+        torch.manual_seed(0)
+        transform = make(normalize=normalize)
+        views[normalize] = [transform(image) for _ in range(6)]
+        assert is_seedable(transform) == is_seedable(make())
+    assert {each.dtype for each in views[False]} == {torch.uint8}
+    assert {each.shape for each in views[False]} == {(num_channels, 31, 31)}
+    found = preprocess.normalize(torch.stack(views[False]))
+    assert torch.equal(found, torch.stack(views[True]))
+
+
+def test_an_augmentation_is_checked_where_it_is_normalised_later_too() -> None:
+    transform = Preprocess(crop_size=8, resize_size=8).train(torch.clone, normalize=False)
+    with pytest.raises(ConfigError, match=r"^An augmentation should return uint8 \(3, 8, 8\), "):
+        transform(picture())
+
+
+@pytest.mark.gpu
+def test_an_accelerator_normalises_to_the_last_bits() -> None:
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device is None:
+        pytest.skip("PyTorch finds no accelerator")
+    pixels = torch.stack([picture(64, 64), picture(64, 64).flip(0)])
+    found = Preprocess().normalize(pixels.to(device))
+    assert found.device.type == device.type
+    torch.testing.assert_close(found.cpu(), Preprocess().normalize(pixels), rtol=1e-6, atol=1e-6)
 
 
 # The description as data

@@ -34,7 +34,8 @@ class ImageLoader:
 
     Args:
         dataset: The pictures. Its own `transform` is not applied; `transform` is.
-        transform: From uint8 `(C, H, W)` to float32 `(C, h, w)`.
+        transform: From uint8 `(C, H, W)` to float32 `(C, h, w)`; or to uint8, where
+            `Preprocess.normalize` is to follow for whole batches.
         batch_size: Pictures in a batch, at least 1; the last batch may be smaller.
         shuffle: Draw a new order each epoch.
         balanced: Draw each class equally often, N pictures in all; needs `shuffle`.

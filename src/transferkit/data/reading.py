@@ -22,7 +22,8 @@ class Batch(NamedTuple):
     """Some pictures, ready for the network.
 
     Args:
-        images: float32 `(N, C, H, W)`, normalised.
+        images: float32 `(N, C, H, W)`, normalised; uint8 where the loader's transform leaves
+            that to the device.
         targets: int64 `(N,)`, class indices.
         indices: int64 `(N,)`, the pictures' places in their data set.
     """
@@ -74,7 +75,7 @@ class Reader(Dataset[Any]):
 
     Args:
         dataset: The pictures.
-        transform: From uint8 `(C, H, W)` to float32 `(C, h, w)`.
+        transform: From uint8 `(C, H, W)` to `(C, h, w)`, float32 or uint8.
         seed: The seed.
         cache: Keeps decoded pictures; None decodes them anew.
     """

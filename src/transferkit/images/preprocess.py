@@ -121,15 +121,22 @@ mean (0.485, 0.456, 0.406), std (0.229, 0.224, 0.225)
             source, self.num_channels, decoder=self.decoder, max_pixels=self.max_pixels
         )
 
-    def eval(self) -> Transform:
+    def eval(self, *, normalize: bool = True) -> Transform:
         """Build the deterministic transform for validation and prediction.
 
-        Returns:
-            A callable from uint8 `(C, H, W)` to float32 `(C, crop_size, crop_size)`.
-        """
-        return _EvalTransform(self)
+        Args:
+            normalize: Normalise each picture. False leaves that to `normalize`, which does it
+                for a whole batch on any device: pixels are a quarter of the bytes to move there.
 
-    def train(self, augmentation: str | Augmentation = "tutorial") -> Transform:
+        Returns:
+            A callable from uint8 `(C, H, W)` to `(C, crop_size, crop_size)`: float32, or uint8
+            without normalisation.
+        """
+        return _EvalTransform(self, normalize)
+
+    def train(
+        self, augmentation: str | Augmentation = "tutorial", *, normalize: bool = True
+    ) -> Transform:
         """Build the random transform for training.
 
         Args:
@@ -138,9 +145,11 @@ mean (0.485, 0.456, 0.406), std (0.229, 0.224, 0.225)
                 such as a torchvision v2 transform. One that is seedable (`is_seedable`) is
                 given a generator by the loader, seeded by (seed, epoch, index); others draw
                 from the global generators, which the loader seeds so.
+            normalize: As for `eval`.
 
         Returns:
-            A callable from uint8 `(C, H, W)` to float32 `(C, crop_size, crop_size)`.
+            A callable from uint8 `(C, H, W)` to `(C, crop_size, crop_size)`: float32, or uint8
+            without normalisation.
 
         Raises:
             UnknownNameError: No preset has this name.
@@ -149,17 +158,20 @@ mean (0.485, 0.456, 0.406), std (0.229, 0.224, 0.225)
             augmentation = make_augmentation(
                 augmentation, size=self.crop_size, interpolation=self.interpolation
             )
-        return _TrainTransform(self, augmentation)
+        return _TrainTransform(self, augmentation, normalize)
 
     def normalize(self, pixels: Tensor) -> Tensor:
-        """Turn pixels into normalised values.
+        """Turn pixels into normalised values, where the pixels are.
+
+        On the CPU a picture gives the same bits by itself and in a batch. An accelerator may
+        round the last bit in another way.
 
         Args:
-            pixels: uint8 `(..., C, H, W)` in [0, 255].
+            pixels: uint8 `(..., C, H, W)` in [0, 255], on any device.
 
         Returns:
-            float32 of the same shape, `(pixels / 255 - mean) / std`, the channels last in
-            memory.
+            float32 of the same shape on the same device, `(pixels / 255 - mean) / std`, the
+            channels last in memory.
 
         Raises:
             ConfigError: They have another number of channels.
@@ -170,8 +182,8 @@ mean (0.485, 0.456, 0.406), std (0.229, 0.224, 0.225)
         # One multiplication and addition along whole rows is five times as fast as a
         # channel after the other.
         rows = values.flatten(-2)
-        factor, shift = _make_affine(self.mean, self.std, values.shape[-2])
-        torch.addcmul(shift.to(rows.device), rows, factor.to(rows.device), out=rows)
+        factor, shift = _make_affine(self.mean, self.std, values.shape[-2], rows.device)
+        torch.addcmul(shift, rows, factor, out=rows)
         return values.movedim(-1, -3)
 
     def denormalize(self, images: Tensor) -> Tensor:
@@ -246,6 +258,7 @@ class _EvalTransform:
     """Resize, crop and normalise; a class rather than a closure, so that workers can pickle it."""
 
     preprocess: Preprocess
+    normalize: bool = True
     seedable: ClassVar[bool] = True
 
     def __call__(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -254,7 +267,8 @@ class _EvalTransform:
         size = [spec.resize_size, spec.resize_size] if squash else [spec.resize_size]
         image = image if squash else trim_extreme(image)
         image = resize(image, size, spec.interpolation)
-        return spec.normalize(F.center_crop(image, [spec.crop_size, spec.crop_size]))
+        view: Tensor = F.center_crop(image, [spec.crop_size, spec.crop_size])
+        return spec.normalize(view) if self.normalize else view
 
 
 @dataclass(frozen=True)
@@ -263,6 +277,7 @@ class _TrainTransform:
 
     preprocess: Preprocess
     augmentation: Augmentation
+    normalize: bool = True
 
     @property
     def seedable(self) -> bool:
@@ -280,16 +295,20 @@ class _TrainTransform:
                 f"{str(image.dtype).removeprefix('torch.')} {tuple(image.shape)}. "
                 f"Normalisation is done after it."
             )
-        return self.preprocess.normalize(image)
+        return self.preprocess.normalize(image) if self.normalize else image
 
 
 @lru_cache(maxsize=32)
 def _make_affine(
-    mean: tuple[float, ...], std: tuple[float, ...], width: int
+    mean: tuple[float, ...], std: tuple[float, ...], width: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Return what a row of pixels, the channels last, is multiplied with, and what is added."""
+    """Return what a row of pixels, the channels last, is multiplied with, and what is added.
+
+    They are kept on the device: to bring them there for each batch would make it wait.
+    """
     means, stds = torch.tensor(mean), torch.tensor(std)
-    return (1 / (255 * stds)).repeat(width), (-means / stds).repeat(width)
+    factor, shift = 1 / (255 * stds), -means / stds
+    return factor.repeat(width).to(device), shift.repeat(width).to(device)
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -14,9 +14,11 @@ from typing_extensions import Self
 
 from transferkit._allocator import buffers_kept
 from transferkit._checks import check_integer, check_path, check_type
+from transferkit._device import has_streams
 from transferkit.data import ImageDataset, ImageLoader, SkippedFile, load_folder
 from transferkit.data.folders import find_images
 from transferkit.data.loader import DEFAULT_MAX_SKIPPED, OnError, num_cores, resolve_num_workers
+from transferkit.data.prefetch import prefetch, to_images
 from transferkit.data.scan import is_folder_there, subfolder_names
 from transferkit.errors import ConfigError, DataError
 from transferkit.images import decode_image
@@ -255,12 +257,12 @@ def extract_features(
             batch_size = choose_batch_size(runner, shape, num_images=len(dataset), device=device)
     loader = ImageLoader(
         dataset,
-        model.preprocess.eval(),
+        model.preprocess.eval(normalize=device.type == "cpu"),
         batch_size=batch_size,
         num_workers=workers,
         on_error=on_error,
         max_skipped=max_skipped,
-        pin_memory=device.type == "cuda",
+        pin_memory=has_streams(device),
     )
     features = _compute(model, loader, runner, verbose=verbose)
     if is_labelled:
@@ -299,7 +301,7 @@ def _make_engine(model: Classifier, engine: EngineName, precision: Precision) ->
 
 
 def _compute(model: Classifier, loader: ImageLoader, engine: Engine, *, verbose: bool) -> Features:
-    dataset = loader.dataset
+    dataset, device = loader.dataset, next(model.parameters()).device
     values = torch.empty(len(dataset), model.num_features)
     has_row = torch.zeros(len(dataset), dtype=torch.bool)
     whole = Split(model.backbone, nn.Identity(), len(model.stages))
@@ -312,7 +314,8 @@ def _compute(model: Classifier, loader: ImageLoader, engine: Engine, *, verbose:
     )
     try:
         with bar, evaluating(model), buffers_kept():
-            for batch in loader.batches():
+            loaded = prefetch(loader.numbered_batches(), device)
+            for _, batch in to_images(loaded, model.preprocess):
                 rows = model.features_from(engine(batch.images), whole)  # Checks their shape.
                 values[batch.indices] = rows.cpu()
                 has_row[batch.indices] = True

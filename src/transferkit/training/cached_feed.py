@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from transferkit.data import Batch, ImageLoader, ImageSplits
+from transferkit.data.prefetch import normalized, prefetch, upload
 from transferkit.data.sampling import part_of
 from transferkit.errors import DataError, FeatureError
 from transferkit.images import Augmentation
@@ -22,6 +23,7 @@ from transferkit.training.feature_cache import FeatureCache
 from transferkit.training.feature_keys import view_key
 from transferkit.training.feature_store import FeatureStore, StoredView
 from transferkit.training.loading import Loading
+from transferkit.training.resident import ResidentTensors
 
 NUM_COMPARED = 8
 """Of how many pictures a new view's features are computed once more, and compared."""
@@ -72,6 +74,7 @@ class CachedFeed:
         self._augmentation = augmentation
         folder = None if settings.folder is None else Path(settings.folder)
         self._store = FeatureStore(settings.memory_bytes, folder)
+        self._resident = ResidentTensors(loading.device)
         self._engine: Engine | None = None
         self._batch_size = 0
         self._views: dict[tuple[str, int], StoredView] = {}
@@ -94,11 +97,14 @@ class CachedFeed:
         """Iterate over the batches of an epoch: activations float32 `(N, ...)`.
 
         The first epoch that needs a view computes it. In each epoch a picture's activations
-        are computed anew and compared.
+        are computed anew and compared. They come to lie where the network computes.
         """
-        if self._settings.views == "epochs":
-            yield from self._stream(epoch, start)
-            return
+        streams = self._settings.views == "epochs"
+        batches = self._stream(epoch, start) if streams else self._stored(epoch, start)
+        return prefetch(batches, self._loading.device)
+
+    def _stored(self, epoch: int, start: int) -> Iterator[tuple[int, Batch]]:
+        """Look the activations of an epoch up in its views."""
         order, repeats = (torch.from_numpy(each) for each in self._order.order(epoch))
         # All views first, in which several processes work together.
         for repeat in range(int(repeats.max()) + 1):
@@ -107,9 +113,9 @@ class CachedFeed:
         size = self._loading.batch_size
         for number in range(start, self.num_batches):
             part = self._part(number * size, min(len(order), (number + 1) * size))
-            values, valid = self._rows(order[part], repeats[part], epoch)
-            if bool(valid.any()):
-                yield number, self._batch("train", values[valid], order[part][valid])
+            values, indices = self._rows(order[part], repeats[part], epoch)
+            if len(indices):
+                yield number, self._batch("train", values, indices)
 
     def _part(self, first: int, end: int) -> slice:
         """Return this process's part of a batch's places."""
@@ -121,16 +127,31 @@ class CachedFeed:
         return number
 
     def _rows(self, indices: Tensor, repeats: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
-        """Return activations; a picture that comes again in an epoch comes in its next view."""
+        """Return the activations of those pictures that could be read, and their places.
+
+        A picture that comes again in an epoch comes in its next view.
+        """
         if not bool(repeats.any()):
-            view = self.view("train", self._number(epoch))
-            return view.values[indices], view.valid[indices]
-        rows = [
-            (self.view("train", self._number(epoch, repeat)), index)
+            number = self._number(epoch)
+            indices = indices[self.view("train", number).valid[indices]]
+            return self._look_up("train", number, indices), indices
+        pairs = [
+            (self._number(epoch, repeat), index)
             for index, repeat in zip(indices.tolist(), repeats.tolist(), strict=True)
         ]
-        values = torch.stack([view.values[index] for view, index in rows])
-        return values, torch.stack([view.valid[index] for view, index in rows])
+        is_valid = torch.stack([self.view("train", number).valid[index] for number, index in pairs])
+        rows = torch.stack([self._values("train", number)[index] for number, index in pairs])
+        chosen = is_valid.nonzero().flatten()
+        return rows[upload(chosen, rows.device)], indices[chosen]
+
+    def _values(self, split: str, number: int) -> Tensor:
+        """Return a view's activations, from the accelerator's memory where they fit it."""
+        return self._resident.get((split, number), self.view(split, number).values)
+
+    def _look_up(self, split: str, number: int, indices: Tensor) -> Tensor:
+        """Return the activations of some pictures."""
+        values = self._values(split, number)
+        return values[upload(indices, values.device)]
 
     def _batch(self, split: str, values: Tensor, indices: Tensor) -> Batch:
         targets = self._data[split].targets[indices.numpy()]
@@ -156,8 +177,9 @@ class CachedFeed:
     def _stream_part(self, epoch: int, start: int) -> Iterator[tuple[int, Batch]]:
         """Compute this process's part of each batch of an epoch."""
         engine, loader = self._started(), self._loader("train")
-        for number, batch in loader.numbered_batches(epoch=epoch, start=start):
-            values = engine(batch.images).cpu()
+        loaded = loader.numbered_batches(epoch=epoch, start=start)
+        for number, batch in self._loading.images(loaded):
+            values = engine(batch.images)
             if number == start:
                 self._compare_rows(values[:1], batch.images[:1], f"item {int(batch.indices[0])}")
             yield number, self._batch("train", values, batch.indices)
@@ -169,9 +191,10 @@ class CachedFeed:
         # The same large batches as from the start: results depend on them in the last bits.
         skipped = first // self._batch_size
         place = skipped * self._batch_size
-        for number, batch in loader.numbered_batches(epoch=epoch, start=skipped):
+        loaded = loader.numbered_batches(epoch=epoch, start=skipped)
+        for number, batch in self._loading.images(loaded):
             self._check()
-            values = engine(batch.images).cpu()
+            values = engine(batch.images)
             if number == skipped:
                 self._compare_rows(values[:1], batch.images[:1], f"item {int(batch.indices[0])}")
             for value, index in zip(values, batch.indices.tolist(), strict=True):
@@ -182,7 +205,11 @@ class CachedFeed:
                 place += 1
 
     def val(self) -> Iterator[Batch]:
-        """Iterate over the activations of the validation pictures."""
+        """Iterate over the activations of the validation pictures, likewise."""
+        for _, batch in prefetch(enumerate(self._stored_val()), self._loading.device):
+            yield batch
+
+    def _stored_val(self) -> Iterator[Batch]:
         view = self.view("val", 0)
         places = torch.arange(len(view.valid))[view.valid]
         # In the batches of live validation, on which some criteria depend.
@@ -190,7 +217,7 @@ class CachedFeed:
         for first in range(0, len(places), size):
             indices = places[self._part(first, min(len(places), first + size))]
             if len(indices):
-                yield self._batch("val", view.values[indices], indices)
+                yield self._batch("val", self._look_up("val", 0, indices), indices)
 
     def logits(self, inputs: Tensor) -> Tensor:
         """Run the rest of the network."""
@@ -230,6 +257,7 @@ class CachedFeed:
         for loader in self._loaders.values():
             loader.close()
         self._views.clear()
+        self._resident.clear()
         self._store.close()
 
     @property
@@ -301,7 +329,7 @@ class CachedFeed:
             disable=None if self._loading.verbose else True,
         )
         with bar:
-            for batch in loader.batches(epoch=number):
+            for _, batch in self._loading.images(loader.numbered_batches(epoch=number)):
                 self._check()
                 values = engine(batch.images).cpu()
                 if view is None:
@@ -326,18 +354,19 @@ class CachedFeed:
         self._num_compared += count
         chosen = sorted({valid[(first + place) * 7919 % len(valid)] for place in range(count)})
         batch = self._world.together(lambda: self._loader(split).read(chosen, epoch=number))
+        batch = normalized(batch, self._model.preprocess)
         name = self._data[split].name_of(chosen[0])
         self._compare_rows(view.values[batch.indices], batch.images, name)
 
     def _compare_rows(self, values: Tensor, images: Tensor, name: str) -> None:
         device = next(self._model.parameters()).device
         with evaluating(self._model), torch.no_grad():
-            wanted = self._split.prefix(images.to(device)).float().cpu()
+            wanted = self._split.prefix(images.to(device)).float()
         settings = self._settings
         usual = _CPU_TOLERANCES if device.type == "cpu" else _ACCELERATOR_TOLERANCES
         allowed = settings.tolerance or usual[settings.precision]
         largest = max(float(wanted.abs().max()), 1e-12)
-        difference = float((values - wanted).abs().max()) / largest
+        difference = float((values.to(device) - wanted).abs().max()) / largest
         if not difference <= allowed:
             raise FeatureError(
                 f"Cached features do not match those that the network gives now: relative to the "
@@ -351,12 +380,14 @@ class CachedFeed:
         """Return the loader of a split, in batches that are good for the engine."""
         if split not in self._loaders:
             self._started()
-            preprocess, views = self._model.preprocess, self._settings.views
+            loading, views = self._loading, self._settings.views
             streams = split == "train" and views == "epochs"
             is_augmented = split == "train" and views != 0
-            self._loaders[split] = self._loading.loader(
+            self._loaders[split] = loading.loader(
                 self._data[split],
-                preprocess.train(self._augmentation) if is_augmented else preprocess.eval(),
+                loading.train_transform(self._augmentation)
+                if is_augmented
+                else loading.eval_transform(),
                 shuffle=streams,
                 balanced=streams and self._order.balanced,
                 cache_share=1.0 if is_augmented and views != 1 else 0.0,

@@ -30,6 +30,7 @@ class Feeds:
         self._history = history
         self._check = check
         self._cached: CachedFeed | None = None
+        self._val = job.loading.keep(job.val_loader, job.data)
         self._skipped: list[dict[str, str]] = []
 
     @contextmanager
@@ -50,7 +51,21 @@ class Feeds:
         finally:
             described[phase.phase.name] = feed.describe()
 
+    def live(self, reason: str) -> LiveFeed:
+        """Return the feed of pictures through the whole network.
+
+        Args:
+            reason: Why features are not cached, in words.
+        """
+        job = self._job
+        return LiveFeed(job.model, job.train_loader, self._val, device=job.device, reason=reason)
+
     def close(self) -> None:
+        """Give back what cached features and kept pictures take up."""
+        self._close_cached()
+        self._val.close()
+
+    def _close_cached(self) -> None:
         """Give back what cached features take up, and note what could not be read."""
         if self._cached is not None:
             self._cached.close()
@@ -68,14 +83,14 @@ class Feeds:
         job = self._job
         split = find_split(job, epochs=phase.phase.epochs)
         if isinstance(split, str):
-            self.close()
-            return LiveFeed(job.model, job.train_loader, job.val_loader, reason=split)
+            self._close_cached()
+            return self.live(split)
         if self._cached is not None and self._cached.num_stages != split.num_stages:
-            self.close()
+            self._close_cached()
         if self._cached is None:
             # Their workers and the pictures that they keep would only take up memory.
             job.train_loader.close()
-            job.val_loader.close()
+            self._val.close()
             self._cached = CachedFeed(
                 job.model,
                 split,

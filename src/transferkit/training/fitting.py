@@ -25,7 +25,7 @@ from transferkit.training.cached_feed import CachedFeed
 from transferkit.training.callbacks import Callback
 from transferkit.training.checkpoints import Checkpoint, CheckpointStore, Place
 from transferkit.training.feed_opening import Feeds
-from transferkit.training.feeds import Feed, LiveFeed
+from transferkit.training.feeds import Feed
 from transferkit.training.fit_state import (
     Progress,
     capture,
@@ -471,7 +471,7 @@ class Fit:
         job = self.job
         if self.before_finetuning is None:
             return
-        live = LiveFeed(job.model, job.train_loader, job.val_loader, reason="")
+        live = self._feeds.live("")
         result = wise_ft(job.model, self.before_finetuning, lambda: self._evaluate(live))
         self.history.settings["wise_ft_result"] = result.to_dict()
         self.best.keep()

@@ -83,7 +83,7 @@ def start_head(
                 label: [f"{row} {names[row]}" for row in chosen] for label, chosen in rows.items()
             },
         }
-    features = compute_features(model, loading.loader(data.train, model.preprocess.eval()))
+    features = compute_features(model, loading.loader(data.train, loading.eval_transform()))
     _write(model, _FITTED[start](features.values, features.targets, model.num_classes))
     return {"start": start, "num_features": len(features.values)}
 

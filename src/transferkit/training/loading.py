@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from transferkit._checks import check_callable, check_integer, check_type
+from transferkit._device import has_streams
 from transferkit._seeding import seeded
 from transferkit.data import Batch, ImageDataset, ImageLoader, ImageSplits, class_weights
 from transferkit.data.loader import (
@@ -20,6 +21,7 @@ from transferkit.data.loader import (
     num_cores,
     resolve_num_workers,
 )
+from transferkit.data.prefetch import Numbered, prefetch, to_images
 from transferkit.errors import ConfigError
 from transferkit.evaluation import Metric
 from transferkit.images import Augmentation, Transform, decode_image, make_batch_augmentation
@@ -27,6 +29,7 @@ from transferkit.models import Classifier
 from transferkit.training.distributed import World
 from transferkit.training.forward import Criterion
 from transferkit.training.history import RECORD_FIELDS
+from transferkit.training.resident import KeptBatches
 
 BatchTransform: TypeAlias = "Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]"
 """A callable from images (N, C, h, w) and targets (N,) to images and soft targets (N, classes)."""
@@ -103,7 +106,7 @@ class Loading:
             cache_bytes=int(self.cache_bytes * cache_share),
             on_error=self.on_error,
             max_skipped=self.max_skipped,
-            pin_memory=self.device.type == "cuda",
+            pin_memory=has_streams(self.device),
             part=(self.world.rank, self.world.size) if is_shared else (0, 1),
         )
 
@@ -117,18 +120,50 @@ class Loading:
             augmentation: How training pictures are augmented.
             balanced: Show each class equally often in training.
         """
-        preprocess = self.model.preprocess
-        share = len(data.train) / (len(data.train) + len(data.val))
+        share = self._share(data)
         train = self.loader(
             data.train,
-            preprocess.train(augmentation),
+            self.train_transform(augmentation),
             shuffle=True,
             balanced=balanced,
             cache_share=share,
             is_shared=True,
         )
-        val = self.loader(data.val, preprocess.eval(), cache_share=1 - share, is_shared=True)
-        return train, val
+        # On the CPU, `keep` has that share of the memory.
+        share = 0.0 if self.device.type == "cpu" else 1 - share
+        pixels = self.model.preprocess.eval(normalize=False)
+        return train, self.loader(data.val, pixels, cache_share=share, is_shared=True)
+
+    def keep(self, val: ImageLoader, data: ImageSplits) -> KeptBatches:
+        """Return what gives the validation batches pass after pass, and keeps those that fit.
+
+        Args:
+            val: Their loader.
+            data: The splits.
+        """
+        budget = int(self.cache_bytes * (1 - self._share(data)))
+        return KeptBatches(val, self.device, budget=budget)
+
+    def _share(self, data: ImageSplits) -> float:
+        """Return the part of the memory for kept pictures that training pictures may take."""
+        return len(data.train) / (len(data.train) + len(data.val))
+
+    def train_transform(self, augmentation: str | Augmentation) -> Transform:
+        """Return the random transform of training; an accelerator normalises by itself."""
+        return self.model.preprocess.train(augmentation, normalize=not self.sends_pixels)
+
+    def eval_transform(self) -> Transform:
+        """Return the deterministic transform, likewise."""
+        return self.model.preprocess.eval(normalize=not self.sends_pixels)
+
+    @property
+    def sends_pixels(self) -> bool:
+        """Whether loaders give pixels, which `images` normalises on the device."""
+        return self.device.type != "cpu"
+
+    def images(self, loaded: Iterable[Numbered]) -> Iterator[Numbered]:
+        """Bring numbered batches to the device, and make images of pixels there."""
+        return to_images(prefetch(loaded, self.device), self.model.preprocess)
 
     def _choose_num_workers(self, num_images: int) -> int | Literal["auto"]:
         # A network that computes on the CPU has all cores busy, but for the gaps between its

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from transferkit._checks import check_integer
+from transferkit._device import has_streams
 from transferkit.errors import ConfigError, LossError
 
 NanPolicy: TypeAlias = "Literal['raise'] | int"
@@ -117,12 +118,11 @@ class LossWatch:
 
 def _read_later(loss: Tensor) -> Callable[[], float]:
     """Begin to copy a loss from its device; return what waits for it, and for nothing after it."""
-    if loss.device.type != "cuda":
+    if not has_streams(loss.device):
         return loss.item
     copied = torch.empty((), dtype=loss.dtype, pin_memory=True)
     copied.copy_(loss, non_blocking=True)
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record()
+    event = torch.accelerator.current_stream(loss.device).record_event()
 
     def read() -> float:
         event.synchronize()

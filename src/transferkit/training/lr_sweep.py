@@ -201,7 +201,8 @@ def _choose_feed(
                 augmentation=twin.augmentation,
             )
         split = "the sweep is too short"
-    return LiveFeed(twin.model, loader, twin.val_loader, reason=split)
+    val = twin.loading.keep(twin.val_loader, twin.data)
+    return LiveFeed(twin.model, loader, val, device=twin.device, reason=split)
 
 
 class _Sweep:

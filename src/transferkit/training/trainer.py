@@ -132,8 +132,9 @@ class Trainer:
         num_workers: Threads or processes that load pictures; "auto" looks at this machine
             and leaves the cores to a network that computes on the CPU.
         worker_type: "thread", "process" and so on, see `ImageLoader`; no choice changes a bit.
-        cache_bytes: Decoded pictures are kept in memory up to so many bytes (512 MiB), for
-            the epochs after the first. The pixels are the same. 0 keeps none.
+        cache_bytes: Pictures are kept in memory up to so many bytes (512 MiB), for the epochs
+            after the first: decoded ones of training, resized and cropped ones of validation,
+            which on an accelerator stay there. The pixels are the same. 0 keeps none.
         on_error: "raise" ends the fit at a picture that cannot be read; "skip" leaves it out
             and lists it in `history.skipped`.
         max_skipped: The share of a split's pictures beyond which skipping is an error.
@@ -516,12 +517,13 @@ class Trainer:
             ImageError: A picture cannot be read.
         """
         dataset = find_split(self.data, split)
-        loader = self._job.loading.loader(dataset, self.model.preprocess.eval())
+        loading = self._job.loading
+        loader = loading.loader(dataset, loading.eval_transform())
         try:
             with buffers_kept(), self._job.precision.autocast():
                 evaluation = evaluate_model(
                     self.model,
-                    loader.batches(),
+                    (batch for _, batch in loading.images(loader.numbered_batches())),
                     class_names=self.data.class_names,
                     criterion=self.criterion,
                     memory_format=self._job.memory_format,
