@@ -150,17 +150,21 @@ def test_the_text_of_a_plan(make: Make, capsys: pytest.CaptureFixture[str]) -> N
         "            layer1: 0.000714 to 0.005",
         "            conv1: 0.000714 to 0.005",
         "  features  computed live: the first stage of the backbone trains",
+        "execution: the memory format is chosen as the fit starts",
     ]
 
 
 def test_a_plan_names_what_comes_before_and_after(make: Make) -> None:
     trainer = make(head_start="ridge", wise_ft=True, average=SWA())
-    assert trainer.plan(1, measure=False, verbose=False).notes == (
+    assert trainer.plan(1, verbose=False).notes == (
+        "execution: channels_last (too short to measure)",
         "before: the head is fitted (ridge) to features of 16 pictures, in the first fit",
         "after each averaged epoch: a pass for BatchNorm's statistics, where they move",
         "after: 11 passes over 8 validation pictures (WiSE-FT)",
     )
-    assert make().plan(1, measure=False, verbose=False).notes == ()
+    assert make(channels_last=True).plan(1, measure=False, verbose=False).notes == (
+        "execution: channels_last (given)",
+    )
 
 
 def test_a_plan_is_json(make: Make) -> None:

@@ -29,8 +29,10 @@ if TYPE_CHECKING:
 
 _PARTS = "parts"
 
-_FREE = ("activation_checkpointing", "device")
-"""Settings that may change where a fit goes on: they change no result, or the last bits only."""
+_FREE = ("activation_checkpointing", "device", "execution")
+"""Settings that may change where a fit goes on: they change no result, or the last bits only.
+
+How it runs is taken from the checkpoint, whatever would be chosen now."""
 
 
 @dataclass

@@ -20,6 +20,7 @@ from transferkit.training.admission import shorten_solved, trains_whole_head_onl
 from transferkit.training.averaging import WeightAverage
 from transferkit.training.checkpoints import Checkpoints
 from transferkit.training.distributed import World
+from transferkit.training.execution import ChannelsLast
 from transferkit.training.feed_choice import CacheChoice, describe_cache, settings_of
 from transferkit.training.forward import Criterion
 from transferkit.training.head_start import HeadStart
@@ -42,6 +43,7 @@ class Job:
     Args:
         given: The names of the trainer's arguments that were given and are not None.
         batch_augmentation: As it was given; `mixing` is what came of it.
+        channels_last: Likewise; `memory_format` is what came of it.
     """
 
     model: Classifier
@@ -64,6 +66,7 @@ class Job:
     l2_sp: float
     average: WeightAverage | None
     wise_ft: bool
+    channels_last: ChannelsLast
     memory_format: torch.memory_format
     precision: Precision
     accumulate: int
@@ -192,7 +195,7 @@ def describe_job(
             "cache": describe_cache(job.cache),
             "optimizer_options": _plain(options),
             "precision": job.precision.name,
-            "channels_last": job.memory_format is torch.channels_last,
+            "channels_last": job.channels_last,
             "accumulate": job.accumulate,
             "clip_norm": job.clip_norm,
             "activation_checkpointing": job.recomputes,

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transferkit._device import describe_device
 from transferkit.models import FreezePlan
 from transferkit.training.estimates import Estimate, measure_phase
+from transferkit.training.execution import choose_execution, lay_out
 from transferkit.training.feed_choice import find_split, settings_of
 from transferkit.training.history import EpochRecord
 from transferkit.training.interpolation import FACTORS
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from transferkit.training.job import Job
 
 MAX_POINTS = 500
+
+_UNMEASURED = "execution: the memory format is chosen as the fit starts"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +122,7 @@ class FitPlan:
         num_train: The number of training pictures.
         num_val: The number of validation pictures.
         phases: The phases in their order.
-        notes: What is done before and after them; the estimates leave it out.
+        notes: How they run, and what is done before and after them; the estimates leave that out.
     """
 
     backbone_name: str
@@ -178,7 +181,11 @@ def plan_fit(job: Job, phases: Sequence[ResolvedPhase], *, measure: bool) -> Fit
     Returns:
         The plan.
     """
+    execution = None
     twin = copy_job(job)
+    if measure or job.channels_last != "auto":
+        execution = choose_execution(job, phases)
+        twin = lay_out(twin, execution)
     updates, held = twin.updates(), _Held()
     return FitPlan(
         backbone_name=job.model.backbone_name,
@@ -187,7 +194,7 @@ def plan_fit(job: Job, phases: Sequence[ResolvedPhase], *, measure: bool) -> Fit
         num_train=len(job.data.train),
         num_val=len(job.data.val),
         phases=tuple(_plan_phase(twin, each, updates, held, measure=measure) for each in phases),
-        notes=tuple(_notes(job)),
+        notes=(_UNMEASURED if execution is None else str(execution), *_notes(job)),
     )
 
 

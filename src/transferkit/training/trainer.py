@@ -35,6 +35,13 @@ from transferkit.training.checkpoints import (
     make_checkpoints,
 )
 from transferkit.training.distributed import find_world, own_device
+from transferkit.training.execution import (
+    ChannelsLast,
+    agree_on_execution,
+    check_channels_last,
+    first_format,
+    lay_out,
+)
 from transferkit.training.feed_choice import CacheChoice, check_cache
 from transferkit.training.fitting import Fit
 from transferkit.training.forward import Criterion
@@ -138,9 +145,12 @@ class Trainer:
         on_error: "raise" ends the fit at a picture that cannot be read; "skip" leaves it out
             and lists it in `history.skipped`.
         max_skipped: The share of a split's pictures beyond which skipping is an error.
-        channels_last: Lay weights and images out with the channels last, which most networks
-            run faster with and which changes results in the last bits only. Switch it off for
-            a network of your own that calls `view` on its activations.
+        channels_last: Lay weights and images out with the channels last (True) or first (False),
+            which changes results in the last bits only. "auto" takes what is faster in a few
+            batches of noise at the start of a fit, and the channels last where the fit is too
+            short to measure; `history.settings["execution"]` says which, and why. A fit that
+            goes on from a checkpoint keeps what it had. A network of your own that calls `view`
+            on its activations needs False in short fits.
         precision: What the network computes in: "fp32"; "bf16" or "fp16" where the device has
             it; "auto" takes bfloat16 where there are instructions for it, else float32. The
             weights stay float32.
@@ -210,7 +220,7 @@ class Trainer:
         cache_bytes: int = DEFAULT_CACHE_BYTES,
         on_error: OnError = "raise",
         max_skipped: float = DEFAULT_MAX_SKIPPED,
-        channels_last: bool = True,
+        channels_last: ChannelsLast = "auto",
         precision: str = "fp32",
         accumulate: int = 1,
         clip_norm: float | None = None,
@@ -306,7 +316,8 @@ class Trainer:
             l2_sp=check_strength(l2_sp),
             average=make_average(average),
             wise_ft=check_flag("wise_ft", wise_ft),
-            memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+            channels_last=check_channels_last(channels_last),
+            memory_format=first_format(channels_last),
             precision=Precision(precision, self.device),
             accumulate=check_integer("accumulate", accumulate, minimum=1),
             clip_norm=check_clip_norm(clip_norm),
@@ -389,7 +400,10 @@ class Trainer:
             self.model.freeze(self._first_plan)
         resolved = make_phases(self._job, epochs, phases)
         options = admit(self._job, resolved, by_recipe=phases is None)
+        execution = agree_on_execution(self._job, resolved, checkpoint)
+        self._job = lay_out(self._job, execution)
         self.history = History(settings=describe_job(self._job, resolved, options))
+        self.history.settings["execution"] = execution.to_dict()
         self.should_stop = self.should_stop_phase = False
         fit = Fit(
             self._job,
