@@ -4,7 +4,7 @@ This room may import `artifacts`, `evaluation`, `models`, `data`, `images` and w
 and does not know `training`.
 """
 
-from transferkit.inference.prediction import ClassProbability, Prediction
+from transferkit.inference.prediction import ClassProbability, Failure, Prediction
 from transferkit.inference.predictor import Predictor
 
-__all__ = ["ClassProbability", "Prediction", "Predictor"]
+__all__ = ["ClassProbability", "Failure", "Prediction", "Predictor"]

@@ -39,6 +39,8 @@ class Prediction:
     top_k: tuple[ClassProbability, ...]
     path: Path | None = None
 
+    abstains: bool = False
+
     @property
     def label(self) -> str:
         """The name of the likeliest class."""
@@ -63,3 +65,20 @@ class Prediction:
             "probability": self.probability,
             "top_k": [asdict(each) for each in self.top_k],
         }
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a picture has no prediction.
+
+    Args:
+        reason: The message of the error.
+        path: The picture's path, where it came from one.
+    """
+
+    reason: str
+    path: Path | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the failure as plain JSON data."""
+        return {"path": None if self.path is None else str(self.path), "error": self.reason}

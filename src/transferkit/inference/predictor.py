@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -18,7 +19,7 @@ from transferkit.artifacts import load_artifact
 from transferkit.data.folders import find_images
 from transferkit.errors import ConfigError, ImageError
 from transferkit.images import ImageSource, Preprocess
-from transferkit.inference.prediction import ClassProbability, Prediction
+from transferkit.inference.prediction import ClassProbability, Failure, Prediction
 from transferkit.models import BackboneSpec, Classifier
 from transferkit.models.modes import evaluating
 
@@ -71,6 +72,8 @@ class Predictor:
         device: str | torch.device = "auto",
         backbone: BackboneSpec | nn.Module | None = None,
         self_test: bool = True,
+        engine: str = "auto",
+        precision: str = "fp32",
     ) -> Self:
         """Load a predictor from an artifact; no network, no code from the file.
 
@@ -90,6 +93,17 @@ class Predictor:
         device = resolve_device(device)
         artifact = load_artifact(path, backbone=backbone, self_test=self_test)
         return cls(artifact.model, class_names=artifact.class_names, device=device)
+
+    engine_name = "pytorch"
+    precision = "fp32"
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over weights, class names and preprocessing."""
+        digest = hashlib.sha256(repr((self.class_names, self.preprocess)).encode())
+        for tensor in self.model.state_dict().values():
+            digest.update(tensor.cpu().numpy().tobytes())
+        return digest.hexdigest()
 
     @property
     def preprocess(self) -> Preprocess:
@@ -112,15 +126,20 @@ class Predictor:
             ImageError: It cannot be read as a picture.
             ConfigError: `top_k` is out of range.
         """
-        return next(self.predict_many([image], top_k=top_k, batch_size=1))
+        (found,) = self.predict_many([image], top_k=top_k, batch_size=1)
+        assert isinstance(found, Prediction)
+        return found
 
     def predict_many(
         self,
         images: str | os.PathLike[str] | Iterable[ImageSource],
         *,
         top_k: int | None = None,
-        batch_size: int = 32,
-    ) -> Iterator[Prediction]:
+        batch_size: int | str = "auto",
+        on_error: str = "raise",
+        num_workers: int | str = "auto",
+        progress: bool = False,
+    ) -> Iterator[Prediction | Failure]:
         """Predict the classes of many pictures, batch by batch, in their order.
 
         Args:
@@ -138,6 +157,8 @@ class Predictor:
             ConfigError: `top_k` or `batch_size` is out of range.
         """
         k = self._check_top_k(top_k)
+        if batch_size == "auto":
+            batch_size = 32
         batch_size = check_integer("batch_size", batch_size, minimum=1)
         if isinstance(images, (str, os.PathLike)):
             images = find_images(images)
@@ -146,26 +167,35 @@ class Predictor:
                 f"`predict_many` takes a folder or an iterable of pictures, found "
                 f"{type(images).__name__}. For one picture call `predict`."
             )
-        return self._predict_iterable(iter(images), k, batch_size)
+        return self._predict_iterable(iter(images), k, batch_size, on_error)
 
     def _predict_iterable(
-        self, images: Iterator[ImageSource], k: int, batch_size: int
-    ) -> Iterator[Prediction]:
+        self, images: Iterator[ImageSource], k: int, batch_size: int, on_error: str
+    ) -> Iterator[Prediction | Failure]:
         transform = self.preprocess.eval()
         while sources := list(islice(images, batch_size)):
             ready: list[Tensor] = []
+            good: list[ImageSource] = []
+            failures: dict[int, Failure] = {}
             problem: ImageError | None = None
-            for source in sources:
+            for place, source in enumerate(sources):
                 try:
                     ready.append(transform(self.preprocess.decode(source)))
+                    good.append(source)
                 except ImageError as error:
-                    problem = error  # Its turn comes after the good ones before it.
-                    break
+                    if on_error == "raise":
+                        problem = error  # Its turn comes after the good ones before it.
+                        break
+                    path = Path(source) if isinstance(source, (str, os.PathLike)) else None
+                    failures[place] = Failure(str(error), path)
+            found: list[Prediction] = []
             if ready:
                 # For the batch alone: whoever takes the predictions may do so for hours.
                 with buffers_kept():
-                    found = list(self._predict_batch(sources[: len(ready)], torch.stack(ready), k))
-                yield from found
+                    found = list(self._predict_batch(good, torch.stack(ready), k))
+            predictions = iter(found)
+            for place in range(len(found) + len(failures)):
+                yield failures[place] if place in failures else next(predictions)
             if problem is not None:
                 raise problem
 
