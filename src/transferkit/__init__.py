@@ -38,7 +38,12 @@ if TYPE_CHECKING:
     )
     from transferkit.errors import TransferkitError
     from transferkit.images import Preprocess, decode_image
-    from transferkit.inference import Prediction, Predictor
+    from transferkit.inference import (
+        Prediction,
+        Predictor,
+        predict_to_file,
+        predictions_to_dataframe,
+    )
     from transferkit.models import (
         BackboneSpec,
         Classifier,
@@ -137,6 +142,8 @@ __all__ = [
     "plot_lr_find",
     "plot_plan",
     "plots",
+    "predict_to_file",
+    "predictions_to_dataframe",
     "register_backbone",
     "register_scheduler",
     "save_artifact",
@@ -181,7 +188,7 @@ _HOMES = {
     ),
     "errors": ("TransferkitError",),
     "images": ("Preprocess", "decode_image"),
-    "inference": ("Prediction", "Predictor"),
+    "inference": ("Prediction", "Predictor", "predict_to_file", "predictions_to_dataframe"),
     "models": (
         "BackboneSpec",
         "Classifier",
