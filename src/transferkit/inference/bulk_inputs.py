@@ -20,7 +20,7 @@ Shard = tuple[int, int]
 
 _NUM_THREADS = 4
 _NUM_AHEAD = 64
-_CHUNK_BYTES = 1 << 20
+_CHUNK_BYTES = 1 << 17
 
 
 class Input(NamedTuple):

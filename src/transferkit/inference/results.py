@@ -92,12 +92,17 @@ def predictions_to_dataframe(predictions: Iterable[Prediction | Failure]) -> pd.
     records = [to_record(each) for each in predictions]
     top_k = max((len(each.get("top_k", ())) for each in records), default=1) or 1
     names = column_names(top_k)
-    rows = pandas.DataFrame([to_row(each, top_k) for each in records], columns=names)
-    frame: pd.DataFrame = rows.astype({name: _PANDAS_TYPES[_kind(name)] for name in names})
+    rows = [to_row(each, top_k) for each in records]
+    kinds = {
+        "text": pandas.StringDtype("python"),  # Arrow's holds no file names that are no text.
+        "index": "Int64",
+        "probability": "Float64",
+        "flag": "boolean",
+    }
+    frame: pd.DataFrame = pandas.DataFrame(rows, columns=names, dtype=object).astype(
+        {name: kinds[_kind(name)] for name in names}
+    )
     return frame
-
-
-_PANDAS_TYPES = {"text": "string", "index": "Int64", "probability": "Float64", "flag": "boolean"}
 
 
 def _kind(column: str) -> str:
