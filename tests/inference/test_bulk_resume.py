@@ -21,6 +21,7 @@ from transferkit.errors import ConfigError, OutputError, TransferkitError
 from transferkit.inference import Predictor, predict_to_file
 from transferkit.models import BackboneSpec, build_model
 
+OPTIONS: list[dict[str, Any]] = [{}, {"resume": True}, {"overwrite": True}]
 PROGRAM = Path(__file__).with_name("bulk_program.py")
 
 
@@ -257,7 +258,7 @@ def test_two_runs_at_one_journal(
     def disturbed() -> Iterator[Path]:
         for number, path in enumerate(pictures):
             if number == 5:
-                for option in ({}, {"resume": True}, {"overwrite": True}):
+                for option in OPTIONS:
                     with expect(OutputError, message):
                         predict_to_file(watched, pictures, out, **option)
                     caught.append(option)
@@ -275,7 +276,7 @@ def test_another_file_in_the_place_of_the_journal(
         f"`{journal}` would be the journal, but is another file. Move it away, or give the output "
         f"another name."
     )
-    for option in ({}, {"resume": True}, {"overwrite": True}):
+    for option in OPTIONS:
         with expect(OutputError, message):
             predict_to_file(watched, pictures, out, **option)
         assert journal.read_text() == "Dear diary,\n"

@@ -29,8 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The words after the command's name; None takes them from `sys.argv`.
 
     Returns:
-        The exit code: 0 if all went well, 1 after an error, 130 after Ctrl-C. Wrong usage
-        exits with 2.
+        The exit code: 0 if all went well, 1 after an error, 3 where `predict` could not read
+        some pictures, 130 after Ctrl-C. Wrong usage exits with 2.
     """
     options = make_parser().parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
