@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import re
 from collections.abc import Callable
@@ -140,14 +141,14 @@ def test_a_data_frame_of_nothing() -> None:
 
 
 def hide(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
-    before: Callable[..., Any] = results.importlib.import_module
+    before: Callable[..., Any] = importlib.import_module
 
     def fail(name: str) -> Any:
         if name.split(".")[0] == package:
             raise ImportError(name)
         return before(name)
 
-    monkeypatch.setattr(results.importlib, "import_module", fail)
+    monkeypatch.setattr(importlib, "import_module", fail)
 
 
 def test_pandas_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
