@@ -24,7 +24,7 @@ from transferkit.inference import (
     results,
 )
 
-FOUND = [
+FOUND: list[Prediction | Failure] = [
     Prediction(
         (ClassProbability("ants", 0, 0.1 + 0.2), ClassProbability("=bees", 1, 1e-30)), Path("a.jpg")
     ),

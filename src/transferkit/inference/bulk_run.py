@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from array import array
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,7 @@ class BulkRun:
         self._places = array("q")  # For each picture in its turn the offset of its entry.
         self._waiting: deque[tuple[int, Input]] = deque()  # In the hands of the predictor.
         self._digests_waiting: set[str] = set()
+        self._has_failures = False
         settings = {
             "model": predictor.digest,
             "engine": predictor.engine_name,
@@ -99,7 +100,7 @@ class BulkRun:
         """
         inputs = examine(paths, self._find_path, with_digest=with_digest)
         self._predict(self._feed(inputs, bar), bar, options)
-        if any(self._unanswered()):
+        if self._has_failures:
             self._predict(self._feed_again(), None, options)
 
     def records(self, *, leave_out_failures: bool) -> Iterator[Record]:
@@ -177,15 +178,18 @@ class BulkRun:
             for found in predictions:
                 self._take(found)
                 if bar is not None:
-                    bar.update()
+                    with self._lock:
+                        bar.update()
         finally:
-            if isinstance(predictions, Generator):
-                predictions.close()  # Its threads end now, whoever holds the error.
+            close = getattr(predictions, "close", None)
+            if close is not None:
+                close()  # Its threads end now, whoever holds the error.
 
     def _take(self, found: Prediction | Failure) -> None:
         """Write what was found for the picture whose turn it is."""
         record = to_record(found)
         del record["path"]  # The entry has it, as it was given.
+        self._has_failures |= isinstance(found, Failure)
         with self._lock:
             number, each = self._waiting.popleft()
             offset = self.journal.append(Entry(*each[:4], record=record))
