@@ -171,6 +171,32 @@ def test_what_failed_is_tried_again(
     assert (report.num_resumed, report.num_failed, report.num_predicted) == (5, 0, 11)
 
 
+def test_a_copy_of_a_damaged_file_keeps_its_own_error(
+    watched: Any,
+    pictures: list[Path],
+    out: Path,
+    journal: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # One step ahead: the copy is looked at when its original has failed, as it is in a large run.
+    monkeypatch.setattr("transferkit.inference.bulk_inputs._NUM_AHEAD", 1)
+    damaged, copy = tmp_path / "damaged.png", tmp_path / "copy.png"
+    for path in (damaged, copy):
+        path.write_bytes(pictures[0].read_bytes()[:40])
+    inputs = [damaged, *pictures[:3], copy, *pictures[3:]]
+    watched.stop_after = 6
+    with pytest.raises(KeyboardInterrupt):
+        predict_to_file(watched, inputs, out, batch_size=1)
+    watched.stop_after = None
+    lines = [json.loads(line) for line in journal.read_text().splitlines()[1:]]
+    assert [line["record"] is None for line in lines if line["path"] == str(copy)] == [True]
+    report = predict_to_file(watched, inputs, out, resume=True, batch_size=1)
+    assert (report.num_failed, report.num_resumed) == (2, 5)
+    predict_to_file(watched, inputs, tmp_path / "whole.csv", batch_size=1)
+    assert out.read_bytes() == (tmp_path / "whole.csv").read_bytes()
+
+
 def test_duplicates_go_on_without_their_bytes_being_read(
     watched: Any, pictures: list[Path], out: Path, tmp_path: Path
 ) -> None:

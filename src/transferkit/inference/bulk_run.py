@@ -135,16 +135,20 @@ class BulkRun:
                 entry = self.journal.read(offset)
                 if (entry.path, entry.size, entry.modified) != found[:3] or found.size is None:
                     continue
-                if entry.record is not None or self._find_digest(entry.digest) is not None:
+                original = entry if entry.record is not None else self._find_digest(entry.digest)
+                # An original that failed in this run answers nothing: its error names itself.
+                if original is not None and not original.is_failure:
                     return offset
             return None
 
-    def _find_digest(self, digest: str | None) -> int | None:
+    def _find_digest(self, digest: str | None) -> Entry | None:
+        """Return the entry with the record for a digest; None where there is none yet."""
         if digest is None:
             return None
         for offset in self._by_digest.find(to_key(digest)):
-            if self.journal.read(offset).digest == digest:
-                return offset
+            entry = self.journal.read(offset)
+            if entry.digest == digest:
+                return entry
         return None
 
     def _feed(self, inputs: Iterable[Input], bar: Any) -> Iterator[str]:
@@ -218,10 +222,10 @@ class BulkRun:
     def _record_of(self, entry: Entry) -> Record:
         if entry.record is not None:
             return entry.record
-        offset = self._find_digest(entry.digest)
-        record = None if offset is None else self.journal.read(offset).record
-        assert record is not None, "a duplicate without its original"
-        return record
+        original = self._find_digest(entry.digest)
+        assert original is not None, "a duplicate without its original"
+        assert original.record is not None
+        return original.record
 
     def _name(self, path: str) -> str:
         """Return the path as it stands in the output.
