@@ -40,7 +40,12 @@ if TYPE_CHECKING:
     from transferkit.errors import TransferkitError
     from transferkit.exporting import export_onnx, export_openvino, export_program
     from transferkit.images import Preprocess, decode_image
-    from transferkit.inference import Prediction, Predictor
+    from transferkit.inference import (
+        Prediction,
+        Predictor,
+        predict_to_file,
+        predictions_to_dataframe,
+    )
     from transferkit.models import (
         BackboneSpec,
         Classifier,
@@ -146,6 +151,8 @@ __all__ = [
     "plot_lr_find",
     "plot_plan",
     "plots",
+    "predict_to_file",
+    "predictions_to_dataframe",
     "read_info",
     "register_backbone",
     "register_scheduler",
@@ -193,7 +200,7 @@ _HOMES = {
     "errors": ("TransferkitError",),
     "exporting": ("export_onnx", "export_openvino", "export_program"),
     "images": ("Preprocess", "decode_image"),
-    "inference": ("Prediction", "Predictor"),
+    "inference": ("Prediction", "Predictor", "predict_to_file", "predictions_to_dataframe"),
     "models": (
         "BackboneSpec",
         "Classifier",

@@ -144,7 +144,7 @@ def test_an_endless_generator_is_read_as_needed(
 
     found = list(itertools.islice(predictor.predict_many(endless(), batch_size=4), 6))
     assert len(found) == 6
-    assert drawn == 8
+    assert 8 <= drawn <= 16  # Two batches are read ahead.
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -181,11 +181,13 @@ def test_top_k_that_counts_nothing(predictor: Predictor, top_k: Any) -> None:
         predictor.predict_many([], top_k=top_k)
 
 
-@pytest.mark.parametrize("one", [b"bytes", torch.zeros(3, 4, 4, dtype=torch.uint8), 3])
+@pytest.mark.parametrize(
+    "one", [b"bytes", torch.zeros(3, 4, 4, dtype=torch.uint8), 3, {}, io.BytesIO()]
+)
 def test_one_picture_is_not_many(predictor: Predictor, one: Any) -> None:
     message = (
-        f"`predict_many` takes a folder or an iterable of pictures, found {type(one).__name__}. "
-        f"For one picture call `predict`."
+        f"`predict_many` takes a folder, a glob pattern or an iterable of pictures, found "
+        f"{type(one).__name__}. For one picture call `predict`; of a table pass the column."
     )
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         predictor.predict_many(one)
@@ -205,7 +207,7 @@ def test_good_pictures_come_before_the_bad_one_raises(
 
 def test_a_missing_folder_is_found_at_the_door(predictor: Predictor, tmp_path: Path) -> None:
     missing = tmp_path / "none"
-    message = f"The folder `{missing}` does not exist. Expected a folder with pictures."
+    message = f"`{missing}` does not exist. Expected a folder, a picture or a glob pattern."
     with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
         predictor.predict_many(missing)
 
@@ -238,6 +240,7 @@ def test_prediction_as_plain_data() -> None:
         "label": "bees",
         "index": 1,
         "probability": 0.75,
+        "abstains": False,
         "top_k": [
             {"label": "bees", "index": 1, "probability": 0.75},
             {"label": "ants", "index": 0, "probability": 0.25},

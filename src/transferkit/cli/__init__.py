@@ -16,8 +16,8 @@ from transferkit.cli.card import add_card
 from transferkit.cli.check import add_check
 from transferkit.cli.export import add_export
 from transferkit.cli.features import add_features
-from transferkit.cli.info import add_info
 from transferkit.cli.import_ import add_import
+from transferkit.cli.info import add_info
 from transferkit.cli.options import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_OK
 from transferkit.cli.predict import add_predict
 from transferkit.cli.train import add_train
@@ -33,8 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The words after the command's name; None takes them from `sys.argv`.
 
     Returns:
-        The exit code: 0 if all went well, 1 after an error, 130 after Ctrl-C. Wrong usage
-        exits with 2.
+        The exit code: 0 if all went well, 1 after an error, 3 where `predict` could not read
+        some pictures, 130 after Ctrl-C. Wrong usage exits with 2.
     """
     options = make_parser().parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):

@@ -6,6 +6,8 @@ import argparse
 
 EXIT_OK = 0
 EXIT_ERROR = 1
+EXIT_PARTIAL = 3
+"""All is done, but for pictures that could not be read (2 is argparse's for wrong usage)."""
 EXIT_INTERRUPTED = 130
 
 

@@ -101,7 +101,7 @@ def decode_image(
         data = bytes(source)
         name = f"{len(data)} bytes"
     elif hasattr(source, "read"):
-        data, name = _read_stream(source)
+        data, name = read_stream(source)
     else:
         raise ImageError(
             f"A picture should be a path, bytes, a binary file, a PIL image, an array (H, W, 3) "
@@ -202,7 +202,12 @@ _FIRST_READ = 2**20
 """Most pictures are read at once; a large file that is none is not read whole."""
 
 
-def _read_stream(file: BinaryIO) -> tuple[bytes, str]:
+def read_stream(file: BinaryIO) -> tuple[bytes, str]:
+    """Return what is left in a binary file, and what messages call it.
+
+    Raises:
+        ImageError: It cannot be read, is too large or is no binary file.
+    """
     name = str(getattr(file, "name", type(file).__name__))
     try:
         data = _read_rest(file, name)

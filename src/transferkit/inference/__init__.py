@@ -4,7 +4,22 @@ This room may import `artifacts`, `evaluation`, `models`, `data`, `images` and w
 and does not know `training`.
 """
 
-from transferkit.inference.prediction import ClassProbability, Prediction
+from transferkit.inference.bulk import predict_to_file
+from transferkit.inference.bulk_report import BulkReport
+from transferkit.inference.engine_choice import EngineChoice, EngineTrial, InferencePrecision
+from transferkit.inference.prediction import ClassProbability, Failure, Prediction
 from transferkit.inference.predictor import Predictor
+from transferkit.inference.results import predictions_to_dataframe
 
-__all__ = ["ClassProbability", "Prediction", "Predictor"]
+__all__ = [
+    "BulkReport",
+    "ClassProbability",
+    "EngineChoice",
+    "EngineTrial",
+    "Failure",
+    "InferencePrecision",
+    "Prediction",
+    "Predictor",
+    "predict_to_file",
+    "predictions_to_dataframe",
+]

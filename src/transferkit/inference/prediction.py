@@ -29,6 +29,7 @@ class Prediction:
     Args:
         top_k: The likeliest classes, from high to low; their probabilities sum to at most 1.
         path: The picture's path, where it came from one.
+        abstains: Whether the likeliest class is less probable than the predictor's threshold.
 
     Example:
         >>> prediction = Prediction((ClassProbability("ants", 0, 0.9),))
@@ -38,6 +39,7 @@ class Prediction:
 
     top_k: tuple[ClassProbability, ...]
     path: Path | None = None
+    abstains: bool = False
 
     @property
     def label(self) -> str:
@@ -61,5 +63,23 @@ class Prediction:
             "label": self.label,
             "index": self.index,
             "probability": self.probability,
+            "abstains": self.abstains,
             "top_k": [asdict(each) for each in self.top_k],
         }
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a picture has no prediction.
+
+    Args:
+        reason: The message of the error.
+        path: The picture's path, where it came from one.
+    """
+
+    reason: str
+    path: Path | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the failure as plain JSON data."""
+        return {"path": None if self.path is None else str(self.path), "error": self.reason}

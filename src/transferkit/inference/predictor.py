@@ -2,40 +2,77 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import threading
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
-from pathlib import Path
+from contextlib import closing
+from typing import Literal, overload
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 from typing_extensions import Self
 
 from transferkit._allocator import buffers_kept
-from transferkit._checks import check_integer, check_type
+from transferkit._checks import check_choice, check_flag, check_integer, check_number, check_type
 from transferkit._device import resolve_device
 from transferkit.artifacts import load_artifact
-from transferkit.data.folders import find_images
+from transferkit.data.loader import num_cores, resolve_num_workers
 from transferkit.errors import ConfigError, ImageError
 from transferkit.images import ImageSource, Preprocess
-from transferkit.inference.prediction import ClassProbability, Prediction
+from transferkit.inference.doors import find_sources, hold_source, to_source
+from transferkit.inference.engine_choice import (
+    EngineChoice,
+    EngineTrial,
+    InferencePrecision,
+    check_choice_of_engine,
+    choose_engine,
+    make_named_engine,
+)
+from transferkit.inference.pipeline import Batch, Broken, read_ahead
+from transferkit.inference.prediction import ClassProbability, Failure, Prediction
 from transferkit.models import BackboneSpec, Classifier
+from transferkit.models.engines import Engine, EngineName, choose_batch_size
 from transferkit.models.modes import evaluating
 
 DEFAULT_TOP_K = 5
 
+MIN_WORTH_CHOOSING = 64
+"""Up to so many pictures PyTorch runs the model as it is: choosing an engine takes seconds."""
+
+_MAX_WORKERS = 16
+_FEW = 8
+"""Up to so many pictures are read without threads."""
+
 
 class Predictor:
     """Predict the classes of pictures, with the preprocessing that the model was trained with.
+
+    Several threads may predict with one predictor at a time; the network runs for one of them
+    after the other.
 
     Args:
         model: The classifier. It is moved to `device` and stays in the mode that it is in;
             during a prediction it is in eval mode.
         class_names: The names of the classes, by index.
         device: "auto" takes the accelerator where there is one, else the CPU.
+        engine: What runs the network: "pytorch"; "openvino" or "onnxruntime", where that
+            extra is installed, on the CPU; "auto" takes the fastest installed one whose logits
+            agree with PyTorch's, tried when more than 64 pictures come, or an iterator. An
+            engine keeps the weights that the model has when it is first used; "auto" runs the
+            model itself until then.
+        precision: What is computed in: "fp32", or "bf16" where the processor has it.
+        threshold: Predictions whose probability is lower say that they abstain, in [0, 1];
+            None lets none abstain.
+        tta: "flip" takes the mean of the probabilities of the picture and its mirror image
+            (test-time augmentation), in twice the time; None takes the picture alone.
 
     Raises:
-        ConfigError: The class names do not fit the model, or the device is not there.
+        ConfigError: The class names do not fit the model, the device or the engine is not
+            there, or `threshold` is out of range.
+        MissingDependencyError: What the engine needs is not installed.
 
     Example:
         >>> from transferkit.models import build_model
@@ -44,6 +81,11 @@ class Predictor:
         >>> prediction = predictor.predict(torch.zeros(3, 50, 40, dtype=torch.uint8))
         >>> prediction.label in ("ants", "bees")
         True
+
+    References:
+        Test-time augmentation: Krizhevsky, Sutskever and Hinton, "ImageNet Classification with
+        Deep Convolutional Neural Networks", NeurIPS 2012,
+        https://papers.nips.cc/paper/4824-imagenet-classification-with-deep-convolutional-neural-networks
     """
 
     def __init__(
@@ -52,6 +94,10 @@ class Predictor:
         *,
         class_names: Sequence[str],
         device: str | torch.device = "auto",
+        engine: EngineChoice = "auto",
+        precision: InferencePrecision = "fp32",
+        threshold: float | None = None,
+        tta: Literal["flip"] | None = None,
     ) -> None:
         check_type("model", model, Classifier, "a Classifier, as `build_model` makes one")
         self.class_names: tuple[str, ...] = tuple(class_names)
@@ -61,7 +107,22 @@ class Predictor:
                 f"classes, found {len(self.class_names)}."
             )
         self.device: torch.device = resolve_device(device)
+        check_choice_of_engine(engine, precision, self.device)
+        if tta not in (None, "flip"):
+            raise ConfigError(f'`tta` should be "flip" or None, found {tta!r}.')
+        if threshold is not None:
+            threshold = check_number(
+                "threshold", threshold, lambda value: 0 <= value <= 1, "in [0, 1]"
+            )
         self.model: Classifier = model.to(self.device)
+        self.precision: InferencePrecision = precision
+        self.threshold: float | None = threshold
+        self.tta: Literal["flip"] | None = tta
+        self.engine_report: tuple[EngineTrial, ...] = ()
+        """What came of each engine that "auto" tried; empty before it did."""
+        self._asked: EngineChoice = engine
+        self._engine: tuple[EngineName, Engine] | None = None
+        self._lock = threading.RLock()
 
     @classmethod
     def load(
@@ -72,6 +133,10 @@ class Predictor:
         backbone: BackboneSpec | nn.Module | None = None,
         self_test: bool = True,
         strict: bool = False,
+        engine: EngineChoice = "auto",
+        precision: InferencePrecision = "fp32",
+        threshold: float | None = None,
+        tta: Literal["flip"] | None = None,
     ) -> Self:
         """Load a predictor from an artifact; no network, no code from the file.
 
@@ -82,29 +147,80 @@ class Predictor:
             self_test: Check that decoding, preprocessing and model still give what they gave
                 when the file was saved, see `load_artifact`.
             strict: Let a drift of one of them be an error, not an `ArtifactWarning`.
+            engine: As for `Predictor`, like all that follow.
+            precision: What is computed in.
+            threshold: Below which probability predictions abstain.
+            tta: Test-time augmentation.
 
         Returns:
             The predictor.
 
         Raises:
             ArtifactError: The file is no artifact, damaged, too new, or fails its self-test.
-            ConfigError: The device is not there, or `strict` without `self_test`.
+            ConfigError: The device or engine is not there, or `strict` without `self_test`.
+            MissingDependencyError: What the engine needs is not installed.
         """
-        device = resolve_device(device)
+        place = resolve_device(device)
+        check_choice_of_engine(engine, precision, place)
         artifact = load_artifact(path, backbone=backbone, self_test=self_test, strict=strict)
-        return cls(artifact.model, class_names=artifact.class_names, device=device)
+        return cls(
+            artifact.model,
+            class_names=artifact.class_names,
+            device=place,
+            engine=engine,
+            precision=precision,
+            threshold=threshold,
+            tta=tta,
+        )
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 over class names, preprocessing and weights, in hex; not the engine."""
+        told = {
+            "backbone": self.model.backbone_name,
+            "class_names": self.class_names,
+            "head": self.model.head_spec.to_dict(),
+            "preprocess": self.preprocess.to_dict(),
+        }
+        digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+        for name, value in sorted(self.model.state_dict().items()):
+            plain = value.detach().cpu().contiguous()
+            digest.update(f"\0{name}\0{plain.dtype}\0{tuple(plain.shape)}\0".encode())
+            digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    @property
+    def engine_name(self) -> EngineName:
+        """The engine that runs many pictures; "auto" chooses it now, if it has not yet."""
+        return self._chosen()[0]
 
     @property
     def preprocess(self) -> Preprocess:
         """How pictures become images for the model."""
         return self.model.preprocess
 
+    def prefer_engine(self, name: EngineName) -> None:
+        """Take an engine where "auto" has not chosen yet, so that a run goes on as it began.
+
+        Args:
+            name: The engine's name.
+
+        Raises:
+            ConfigError: There is no such engine here.
+            MissingDependencyError: What it needs is not installed.
+        """
+        check_choice_of_engine(name, self.precision, self.device)
+        if self._asked == "auto" and self._engine is None:
+            self._asked = name
+
     def predict(self, image: ImageSource, *, top_k: int | None = None) -> Prediction:
         """Predict the class of one picture.
 
         Args:
-            image: Path, bytes, PIL image, array `(H, W, 3)` or tensor `(3, H, W)`, the last
-                two uint8 RGB in [0, 255]. With other channels what `Preprocess.decode` takes.
+            image: Path, bytes, binary file, PIL image, array or tensor. Arrays and tensors
+                hold RGB, the channels first or last, as uint8 in [0, 255] or floats in [0, 1],
+                which are rounded to such levels. With other channels what `Preprocess.decode`
+                takes.
             top_k: How many of the likeliest classes to return; None takes 5, or all
                 classes where there are fewer.
 
@@ -115,22 +231,59 @@ class Predictor:
             ImageError: It cannot be read as a picture.
             ConfigError: `top_k` is out of range.
         """
-        return next(self.predict_many([image], top_k=top_k, batch_size=1))
+        return next(self.predict_many([image], top_k=top_k, batch_size=1, num_workers=0))
+
+    @overload
+    def predict_many(
+        self,
+        images: str | os.PathLike[str] | Iterable[ImageSource],
+        *,
+        top_k: int | None = None,
+        batch_size: int | Literal["auto"] = "auto",
+        on_error: Literal["raise", "skip"] = "raise",
+        num_workers: int | Literal["auto"] = "auto",
+        progress: bool = False,
+    ) -> Iterator[Prediction]: ...
+    @overload
+    def predict_many(
+        self,
+        images: str | os.PathLike[str] | Iterable[ImageSource],
+        *,
+        top_k: int | None = None,
+        batch_size: int | Literal["auto"] = "auto",
+        on_error: Literal["record"],
+        num_workers: int | Literal["auto"] = "auto",
+        progress: bool = False,
+    ) -> Iterator[Prediction | Failure]: ...
 
     def predict_many(
         self,
         images: str | os.PathLike[str] | Iterable[ImageSource],
         *,
         top_k: int | None = None,
-        batch_size: int = 32,
-    ) -> Iterator[Prediction]:
-        """Predict the classes of many pictures, batch by batch, in their order.
+        batch_size: int | Literal["auto"] = "auto",
+        on_error: Literal["raise", "skip", "record"] = "raise",
+        num_workers: int | Literal["auto"] = "auto",
+        progress: bool = False,
+    ) -> Iterator[Prediction] | Iterator[Prediction | Failure]:
+        """Predict the classes of many pictures, in their order.
+
+        Threads read pictures while the network runs, never more than two batches ahead, so
+        that an endless iterable takes no more memory than a short one. They end with the
+        iterator that is returned, also where it is closed before its end.
 
         Args:
-            images: A folder, whose pictures are found at any depth and sorted by path, or
-                an iterable of what `predict` takes; it may be endless.
+            images: A folder, whose pictures are found at any depth and sorted by path, a glob
+                pattern, or an iterable of what `predict` takes; it may be endless.
             top_k: As for `predict`.
-            batch_size: Pictures that go through the network together, at least 1.
+            batch_size: Pictures that go through the network together, at least 1; "auto"
+                takes what suits the engine. It changes the last bits of the results only.
+            on_error: What comes of a picture that cannot be read: "raise" raises its error
+                when its turn comes, "record" gives a `Failure` in its place, "skip" leaves it
+                out.
+            num_workers: Threads that read, 0 reads without; "auto" takes one for each core,
+                at most 16.
+            progress: Show a bar with rate and remaining time on standard error.
 
         Returns:
             An iterator over the predictions; pictures are read as it advances.
@@ -138,57 +291,128 @@ class Predictor:
         Raises:
             DataError: The folder is missing or holds no pictures.
             ImageError: A picture cannot be read, when its turn comes.
-            ConfigError: `top_k` or `batch_size` is out of range.
+            ConfigError: An argument is out of range.
         """
         k = self._check_top_k(top_k)
-        batch_size = check_integer("batch_size", batch_size, minimum=1)
-        if isinstance(images, (str, os.PathLike)):
-            images = find_images(images)
-        if isinstance(images, (bytes, Tensor)) or not isinstance(images, Iterable):
-            raise ConfigError(
-                f"`predict_many` takes a folder or an iterable of pictures, found "
-                f"{type(images).__name__}. For one picture call `predict`."
-            )
-        return self._predict_iterable(iter(images), k, batch_size)
+        if batch_size != "auto":
+            batch_size = check_integer("batch_size", batch_size, minimum=1)
+        check_choice("on_error", on_error, ("raise", "record", "skip"))
+        sources, total = find_sources(images)
+        count = resolve_num_workers(num_workers, num_images=0)
+        if num_workers == "auto" and (total is None or total > _FEW):
+            count = min(num_cores(), _MAX_WORKERS)
+        bar_off = None if check_flag("progress", progress) else True
+        found = self._predict_all(sources, total, k, batch_size, count, on_error)
+        return _shown(found, total, bar_off)
 
-    def _predict_iterable(
-        self, images: Iterator[ImageSource], k: int, batch_size: int
-    ) -> Iterator[Prediction]:
-        transform = self.preprocess.eval()
-        while sources := list(islice(images, batch_size)):
-            ready: list[Tensor] = []
-            problem: ImageError | None = None
-            for source in sources:
-                try:
-                    ready.append(transform(self.preprocess.decode(source)))
-                except ImageError as error:
-                    problem = error  # Its turn comes after the good ones before it.
-                    break
-            if ready:
-                # For the batch alone: whoever takes the predictions may do so for hours.
-                with buffers_kept():
-                    found = list(self._predict_batch(sources[: len(ready)], torch.stack(ready), k))
-                yield from found
-            if problem is not None:
-                raise problem
+    def _predict_all(
+        self,
+        sources: Iterator[ImageSource],
+        total: int | None,
+        k: int,
+        batch_size: int | Literal["auto"],
+        num_workers: int,
+        on_error: str,
+    ) -> Iterator[Prediction | Failure]:
+        spec = self.preprocess
+        transform = spec.eval()
 
-    def _predict_batch(
-        self, sources: Sequence[ImageSource], batch: Tensor, k: int
-    ) -> Iterator[Prediction]:
-        probabilities = self._probabilities(batch.to(self.device)).cpu()
+        def read(source: ImageSource) -> Tensor:
+            return transform(spec.decode(to_source(source, spec.num_channels)))
+
+        engine = self._engine_for(total)
+        size = self._choose_batch_size(engine, total) if batch_size == "auto" else batch_size
+        pairs = read_ahead(
+            sources,
+            read,
+            hold=lambda source: hold_source(source, spec),
+            num_workers=num_workers,
+            num_ahead=2 * size,
+        )
+        batch = Batch(on_error)
+        with closing(pairs):  # type: ignore[type-var]
+            for source, found in pairs:
+                if isinstance(found, (Broken, ImageError)) and batch.ends_at(found):
+                    # Its turn comes after the good ones before it.
+                    yield from self._run(engine, batch, k)
+                    raise found.error if isinstance(found, Broken) else found
+                batch.add(source, found)
+                if batch.num_images == size or len(batch) >= 4 * size:
+                    yield from self._run(engine, batch, k)
+                    batch = Batch(on_error)
+            yield from self._run(engine, batch, k)
+
+    def _run(self, engine: Engine | None, batch: Batch, k: int) -> Iterator[Prediction | Failure]:
+        """Yield what becomes of the pictures of a batch."""
+        ranked: Iterator[tuple[ClassProbability, ...]] = iter(())
+        if batch.num_images:
+            # For the batch alone: whoever takes the predictions may do so for hours.
+            with buffers_kept():
+                ranked = self._rank(self._probabilities(engine, batch.stack()), k)
+        for path, failure in batch.rows():
+            if failure is not None:
+                yield failure
+                continue
+            top_k = next(ranked)
+            abstains = self.threshold is not None and top_k[0].probability < self.threshold
+            yield Prediction(top_k, path, abstains)
+
+    def _rank(self, probabilities: Tensor, k: int) -> Iterator[tuple[ClassProbability, ...]]:
         values, indices = probabilities.sort(dim=1, descending=True, stable=True)
-        for source, row, order in zip(sources, values.tolist(), indices.tolist(), strict=True):
-            ranked = tuple(
+        for row, order in zip(values[:, :k].tolist(), indices[:, :k].tolist(), strict=True):
+            yield tuple(
                 ClassProbability(self.class_names[index], index, probability)
-                for index, probability in zip(order[:k], row[:k], strict=True)
+                for index, probability in zip(order, row, strict=True)
             )
-            path = Path(source) if isinstance(source, (str, os.PathLike)) else None
-            yield Prediction(ranked, path)
 
-    def _probabilities(self, images: Tensor) -> Tensor:
-        with evaluating(self.model), torch.no_grad():
-            probabilities: Tensor = self.model(images).float().softmax(dim=1)
+    def _probabilities(self, engine: Engine | None, images: Tensor) -> Tensor:
+        """Return probabilities `(N, C)` on the CPU."""
+        probabilities = self._logits(engine, images).softmax(dim=1)
+        if self.tta == "flip":
+            mirrored = self._logits(engine, images.flip(-1)).softmax(dim=1)
+            probabilities = (probabilities + mirrored) / 2
         return probabilities
+
+    def _logits(self, engine: Engine | None, images: Tensor) -> Tensor:
+        # One at a time: engines keep buffers, and another thread would put the model back into
+        # the mode that it was in while this one runs it.
+        with self._lock:
+            if engine is not None:
+                return engine(images).float().cpu()
+            with evaluating(self.model), torch.no_grad():
+                logits: Tensor = self.model(images.to(self.device))
+            return logits.float().cpu()
+
+    def _engine_for(self, total: int | None) -> Engine | None:
+        """Return the engine for so many pictures; None runs the model as it is."""
+        few = total is not None and total <= MIN_WORTH_CHOOSING
+        if self._engine is None and self._asked == "auto" and self.precision == "fp32" and few:
+            return None
+        return self._chosen()[1]
+
+    def _chosen(self) -> tuple[EngineName, Engine]:
+        with self._lock:
+            if self._engine is None and self._asked == "auto":
+                name, engine, self.engine_report = choose_engine(
+                    self.model, precision=self.precision, device=self.device
+                )
+                self._engine = name, engine
+            elif self._engine is None:
+                named: EngineName = self._asked  # type: ignore[assignment]
+                self._engine = (
+                    named,
+                    make_named_engine(
+                        self.model, named, precision=self.precision, device=self.device
+                    ),
+                )
+            return self._engine
+
+    def _choose_batch_size(self, engine: Engine | None, total: int | None) -> int:
+        spec = self.preprocess
+        shape = (spec.num_channels, spec.crop_size, spec.crop_size)
+        if engine is None:
+            return 32
+        return choose_batch_size(engine, shape, num_images=total or 0, device=self.device)
 
     def _check_top_k(self, top_k: int | None) -> int:
         if top_k is None:
@@ -200,3 +424,14 @@ class Predictor:
                 f"found {top_k}."
             )
         return top_k
+
+
+def _shown(
+    found: Iterator[Prediction | Failure], total: int | None, is_off: bool | None
+) -> Iterator[Prediction | Failure]:
+    """Pass results on, and count them on a bar."""
+    bar = tqdm(total=total, unit="picture", disable=is_off)
+    with bar, closing(found):  # type: ignore[type-var]
+        for each in found:
+            bar.update()
+            yield each

@@ -1,0 +1,67 @@
+"""Predictors for bulk predictions: small, counting, and able to fail at a given picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from transferkit.data import ImageSplits
+from transferkit.inference import ClassProbability, Failure, Prediction, Predictor
+from transferkit.models import BackboneSpec, build_model
+
+NAMES = ("blue", "red")
+
+
+class WatchedPredictor(Predictor):
+    """A predictor that notes which paths it is given, and stops where a test wants it to."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.seen: list[str] = []
+        self.stop_after: int | None = None
+        self.stop_by: BaseException = KeyboardInterrupt()
+
+    def predict_many(self, images: Any, **options: Any) -> Iterator[Any]:
+        return self._watch(super().predict_many(self._note(images), **options))
+
+    def _note(self, images: Any) -> Iterator[Any]:
+        for image in images:
+            self.seen.append(str(image))
+            yield image
+
+    def _watch(self, predictions: Iterator[Prediction | Failure]) -> Iterator[Prediction | Failure]:
+        for number, found in enumerate(predictions):
+            if number == self.stop_after:
+                raise self.stop_by
+            yield found
+
+
+class InstantPredictor(Predictor):
+    """A predictor that looks at no picture, for a great many of them."""
+
+    def predict_many(self, images: Any, **options: Any) -> Iterator[Any]:
+        top_k = (ClassProbability("blue", 0, 0.75),)
+        return (Prediction(top_k, Path(path)) for path in images)
+
+
+@pytest.fixture
+def watched(tiny_spec: BackboneSpec) -> WatchedPredictor:
+    return WatchedPredictor(
+        build_model(tiny_spec, 2, weights=None), class_names=NAMES, device="cpu"
+    )
+
+
+@pytest.fixture
+def instant(tiny_spec: BackboneSpec) -> InstantPredictor:
+    return InstantPredictor(
+        build_model(tiny_spec, 2, weights=None), class_names=NAMES, device="cpu"
+    )
+
+
+@pytest.fixture
+def pictures(tiny_splits: ImageSplits) -> list[Path]:
+    """Sixteen pictures, all of them different, in a folder `train`."""
+    return list(tiny_splits.train.paths)

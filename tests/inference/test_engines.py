@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from transferkit.artifacts import save_artifact
+from transferkit.errors import ConfigError
+from transferkit.images import decode_image
+from transferkit.inference import Predictor, engine_choice
+from transferkit.models import BackboneSpec, Classifier, build_model, engines
+
+NAMES = ("blue", "red")
+
+
+@pytest.fixture
+def model(tiny_spec: BackboneSpec) -> Classifier:
+    return build_model(tiny_spec, 2, weights=None)
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "picture.png"
+    pixels = Image.effect_noise((40, 40), 90).convert("RGB")
+    pixels.paste((255, 0, 0), (0, 0, 18, 40))
+    pixels.save(path)
+    return path
+
+
+@pytest.mark.parametrize("engine", ["pytorch", "openvino", "onnxruntime"])
+def test_engines_agree(model: Classifier, picture: Path, engine: Any) -> None:
+    plain = Predictor(model, class_names=NAMES, device="cpu").predict(picture)
+    predictor = Predictor(model, class_names=NAMES, device="cpu", engine=engine)
+    assert predictor.engine_name == engine
+    found = predictor.predict(picture)
+    assert found.label == plain.label
+    assert found.probability == pytest.approx(plain.probability, abs=1e-5)
+    several = list(predictor.predict_many([picture] * 9))
+    assert {each.label for each in several} == {plain.label}
+
+
+def test_auto_takes_the_fastest(
+    model: Classifier, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = {"PyTorchEngine": 3.0, "OpenVINOEngine": 0.1, "ONNXRuntimeEngine": 2.0}
+    monkeypatch.setattr(engine_choice, "_seconds", lambda engine, _: seconds[type(engine).__name__])
+    predictor = Predictor(model, class_names=NAMES, device="cpu")
+    predictor.predict(picture)
+    assert not predictor.engine_report  # One picture is not worth the choice.
+    list(predictor.predict_many([picture] * 65))
+    assert predictor.engine_name == "openvino"
+    assert {each.name for each in predictor.engine_report} == {
+        "pytorch",
+        "openvino",
+        "onnxruntime",
+    }
+    assert all(each.reason is None for each in predictor.engine_report)
+
+
+def test_auto_passes_over_what_disagrees(
+    model: Classifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = engines.make_engine
+
+    def make_engine(network: Any, *, engine: Any, **options: Any) -> Any:
+        made = real(network, engine=engine, **options)
+        return made if engine == "pytorch" else lambda images: made(images) * 1.01
+
+    monkeypatch.setattr(engine_choice, "make_engine", make_engine)
+    predictor = Predictor(model, class_names=NAMES, device="cpu")
+    assert predictor.engine_name == "pytorch"
+    reasons = {each.name: each.reason for each in predictor.engine_report}
+    message = r"its logits differ by 0\.01 from PyTorch\'s, allowed are 0\.0001"
+    assert re.fullmatch(message, reasons["openvino"] or "")
+    assert reasons["pytorch"] is None
+
+
+def test_a_preferred_engine_is_taken_where_none_was_named(model: Classifier) -> None:
+    predictor = Predictor(model, class_names=NAMES, device="cpu")
+    predictor.prefer_engine("onnxruntime")
+    assert predictor.engine_name == "onnxruntime"
+    named = Predictor(model, class_names=NAMES, device="cpu", engine="pytorch")
+    named.prefer_engine("onnxruntime")
+    assert named.engine_name == "pytorch"
+
+
+def test_wrong_values(model: Classifier) -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
+        (
+            {"engine": "tensorrt"},
+            '`engine` should be "auto", "pytorch", "openvino" or "onnxruntime", '
+            "found 'tensorrt'.",
+        ),
+        ({"precision": "fp8"}, '`precision` should be "fp32" or "bf16", found \'fp8\'.'),
+        ({"tta": "crop"}, "`tta` should be \"flip\" or None, found 'crop'."),
+        ({"threshold": 1.5}, "`threshold` should be a finite number in [0, 1], found 1.5."),
+    ]
+    for options, message in cases:
+        with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+            Predictor(model, class_names=NAMES, device="cpu", **options)
+
+
+def test_threshold_and_load(
+    model: Classifier, tiny_spec: BackboneSpec, picture: Path, tmp_path: Path
+) -> None:
+    path = save_artifact(tmp_path / "m.safetensors", model, class_names=NAMES)
+    loaded = Predictor.load(
+        path, backbone=tiny_spec, device="cpu", threshold=1.0, tta="flip", engine="openvino"
+    )
+    assert (loaded.threshold, loaded.tta, loaded.engine_name) == (1.0, "flip", "openvino")
+    assert loaded.predict(picture).abstains
+    sure = Predictor(model, class_names=NAMES, device="cpu", threshold=0.0).predict(picture)
+    assert not sure.abstains
+    unsure = Predictor(model, class_names=NAMES, device="cpu", threshold=1.0).predict(picture)
+    assert unsure.abstains
+    assert unsure.label == sure.label
+    assert unsure.to_dict()["abstains"]
+
+
+def test_flip_is_the_mean_of_both(model: Classifier, picture: Path) -> None:
+    pixels = decode_image(picture)
+    plain = Predictor(model, class_names=NAMES, device="cpu")
+    both = [plain.predict(pixels), plain.predict(pixels.flip(-1))]
+    means = {
+        name: sum(each.probability for one in both for each in one.top_k if each.label == name) / 2
+        for name in NAMES
+    }
+    assert abs(both[0].probability - both[1].probability) > 1e-6
+    found = Predictor(model, class_names=NAMES, device="cpu", tta="flip").predict(pixels)
+    for each in found.top_k:
+        assert each.probability == pytest.approx(means[each.label], abs=1e-6)
+
+
+def test_the_digest_follows_weights_names_and_preprocessing(
+    model: Classifier, tiny_spec: BackboneSpec
+) -> None:
+    digest = Predictor(model, class_names=NAMES, device="cpu").digest
+    assert Predictor(model, class_names=NAMES, device="cpu", engine="openvino").digest == digest
+    assert Predictor(model, class_names=NAMES[::-1], device="cpu").digest != digest
+    with torch.no_grad():
+        next(model.parameters()).mul_(2)
+    assert Predictor(model, class_names=NAMES, device="cpu").digest != digest
