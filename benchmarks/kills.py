@@ -41,6 +41,7 @@ def train(root: Path, name: str) -> None:
         scheduler="warmup_cosine",
         lr=1e-4,
         batch_size=4,
+        channels_last=True,  # Measured for each fit, it could be another one for the next.
         device="cpu",
         verbose=False,
     )
