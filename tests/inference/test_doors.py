@@ -106,6 +106,9 @@ def test_addresses_are_not_fetched(predictor: Predictor) -> None:
         predictor.predict("https://example.org/a.jpg")
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         predictor.predict_many("https://example.org/a.jpg")
+    message = message.replace("://", ":/")  # So a path object has it.
+    with pytest.raises(ImageError, match=f"^{re.escape(message)}$"):
+        predictor.predict(Path("https://example.org/a.jpg"))
 
 
 @pytest.mark.parametrize(

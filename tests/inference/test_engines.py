@@ -88,6 +88,17 @@ def test_a_preferred_engine_is_taken_where_none_was_named(model: Classifier) -> 
     assert named.engine_name == "pytorch"
 
 
+def test_few_pictures_are_not_worth_a_choice(model: Classifier) -> None:
+    few = Predictor(model, class_names=NAMES, device="cpu")
+    few.expect(64)
+    assert few.engine_name == "pytorch"
+    assert not few.engine_report
+    many = Predictor(model, class_names=NAMES, device="cpu")
+    many.expect(65)
+    assert many.engine_name
+    assert len(many.engine_report) == 3
+
+
 def test_wrong_values(model: Classifier) -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         (

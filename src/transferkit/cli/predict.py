@@ -110,6 +110,8 @@ def run_predict(options: argparse.Namespace) -> int:
     _check(options)
     predictor = _load(options)
     paths = _find(options.paths)
+    if options.engine == "auto" and not options.resume:
+        predictor.expect(len(paths))
     if options.out is not None:
         return _write(predictor, paths, options)
     found = predictor.predict_many(

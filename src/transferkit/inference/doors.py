@@ -19,7 +19,8 @@ from transferkit.errors import ConfigError, DataError, ImageError
 from transferkit.images import ImageSource, Preprocess
 from transferkit.images.decode import read_stream
 
-_SCHEMES = ("http://", "https://", "ftp://", "s3://", "gs://")
+# A path object has one slash where the text had two.
+_SCHEMES = ("http:/", "https:/", "ftp:/", "s3:/", "gs:/")
 
 
 def find_sources(images: Any) -> tuple[Iterator[ImageSource], int | None]:
@@ -73,7 +74,7 @@ def find_files(images: str | os.PathLike[str]) -> list[Path]:
 
 def is_url(source: object) -> bool:
     """Tell whether something is a text with the address of something in a network."""
-    return isinstance(source, str) and source.lower().startswith(_SCHEMES)
+    return isinstance(source, (str, Path)) and str(source).lower().startswith(_SCHEMES)
 
 
 def explain_url(source: object) -> str:

@@ -213,6 +213,17 @@ class Predictor:
         if self._asked == "auto" and self._engine is None:
             self._asked = name
 
+    def expect(self, num_images: int) -> None:
+        """Say how many pictures will come in all, where a call cannot tell.
+
+        Where they are few, "auto" takes PyTorch without trying what else there is.
+
+        Args:
+            num_images: Their number, at least 0.
+        """
+        if check_integer("num_images", num_images, minimum=0) <= MIN_WORTH_CHOOSING:
+            self.prefer_engine("pytorch")
+
     def predict(self, image: ImageSource, *, top_k: int | None = None) -> Prediction:
         """Predict the class of one picture.
 
