@@ -34,7 +34,7 @@ def predict(root: Path, name: str, batch_size: int) -> None:
 
     torch.set_num_threads(1)
     model = tk.build_model("squeezenet1_1", 2, weights=None)
-    predictor = tk.Predictor(model, class_names=["blue", "red"], device="cpu")
+    predictor = tk.Predictor(model, class_names=["blue", "red"], device="cpu", engine="pytorch")
     print("begun", flush=True)
     tk.predict_to_file(
         predictor, root / "pictures", root / f"{name}.jsonl", resume=True, batch_size=batch_size

@@ -16,7 +16,7 @@ def main(folder: str, out: str) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     model = build_model("squeezenet1_1", 2, weights=None)
-    predictor = Predictor(model, class_names=("blue", "red"), device="cpu")
+    predictor = Predictor(model, class_names=("blue", "red"), device="cpu", engine="pytorch")
     print("begun", flush=True)
     try:
         # Alone in its batch, a picture has the same bits in every run.

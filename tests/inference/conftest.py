@@ -50,14 +50,14 @@ class InstantPredictor(Predictor):
 @pytest.fixture
 def watched(tiny_spec: BackboneSpec) -> WatchedPredictor:
     return WatchedPredictor(
-        build_model(tiny_spec, 2, weights=None), class_names=NAMES, device="cpu"
+        build_model(tiny_spec, 2, weights=None), class_names=NAMES, device="cpu", engine="pytorch"
     )
 
 
 @pytest.fixture
 def instant(tiny_spec: BackboneSpec) -> InstantPredictor:
     return InstantPredictor(
-        build_model(tiny_spec, 2, weights=None), class_names=NAMES, device="cpu"
+        build_model(tiny_spec, 2, weights=None), class_names=NAMES, device="cpu", engine="pytorch"
     )
 
 

@@ -155,3 +155,22 @@ def test_the_digest_follows_weights_names_and_preprocessing(
     with torch.no_grad():
         next(model.parameters()).mul_(2)
     assert Predictor(model, class_names=NAMES, device="cpu").digest != digest
+
+
+def test_trying_batch_sizes_holds_the_lock(
+    model: Classifier, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predictor = Predictor(model, class_names=NAMES, device="cpu", engine="pytorch")
+    name, engine = predictor.engine_name, predictor._chosen()[1]
+    held: list[bool] = []
+
+    def run(images: torch.Tensor) -> torch.Tensor:
+        held.append(predictor._lock._is_owned())  # type: ignore[attr-defined]
+        return engine(images)
+
+    predictor._engine = (name, run)  # type: ignore[assignment]
+    found = predictor.predict_many([picture] * 2000)
+    next(found)
+    assert len(held) > 2
+    assert all(held)
+    found.close()  # type: ignore[attr-defined]

@@ -13,7 +13,7 @@ from PIL import Image
 from transferkit.errors import ImageError
 from transferkit.images import Preprocess
 from transferkit.inference.doors import hold_source, to_source
-from transferkit.inference.pipeline import read_ahead
+from transferkit.inference.pipeline import Broken, read_ahead
 
 SPEC = Preprocess(crop_size=32, resize_size=32)
 
@@ -78,3 +78,41 @@ def test_what_is_no_picture_keeps_its_place(num_workers: int) -> None:
     grey = np.zeros((40, 40, 3), np.uint8)
     found = read_all(iter([grey, None, io.BytesIO(b"no"), grey]), num_workers)
     assert [isinstance(each, ImageError) for each in found] == [False, True, True, False]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_error_not_foreseen_comes_after_what_was_good(
+    num_workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grey = np.zeros((40, 40, 3), np.uint8)
+    found = read_all(iter([grey, np.zeros((2, 2), object), grey]), num_workers)
+    assert [type(each).__name__ for each in found][:2] == ["Tensor", "ImageError"]
+
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("x")
+
+    monkeypatch.setattr(Preprocess, "decode", fail)
+    (broken,) = read_all(iter([grey]), num_workers)
+    assert isinstance(broken, Broken)
+    assert isinstance(broken.error, ZeroDivisionError)
+
+
+def test_a_closed_file_and_other_byte_orders(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    Image.fromarray(np.full((40, 40, 3), 51, np.uint8)).save(path)
+    file = path.open("rb")
+    file.close()
+    closed, swapped, wide, expected = read_all(
+        iter(
+            [
+                file,
+                np.full((40, 40, 3), 0.2, ">f4"),
+                np.full((40, 40, 3), 0.2, np.longdouble),
+                path,
+            ]
+        ),
+        num_workers=0,
+    )
+    assert str(closed) == f"Cannot read the picture `{path}`: read of closed file."
+    assert torch.equal(swapped, expected)
+    assert torch.equal(wide, expected)

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from transferkit.data import ImageSplits
 from transferkit.errors import ConfigError
 from transferkit.images import Preprocess
-from transferkit.models import build_model
+from transferkit.models import BackboneSpec, build_model
 from transferkit.training import Callback, Checkpoints, FeatureCache, Phase, Trainer, execution
 from transferkit.training.execution import Execution, pick_format
+from transferkit.training.updates import lay_out_state
 
 Make = Callable[..., Trainer]
 NAMES = {True: "channels_last", False: "contiguous"}
@@ -276,3 +277,16 @@ def test_a_plan_shows_how_the_fit_will_run(make: Make, capsys: pytest.CaptureFix
     assert "execution: the memory format is chosen as the fit starts\n" in capsys.readouterr().out
     make(channels_last=False).plan(1, measure=False)
     assert "execution: contiguous (given)\n" in capsys.readouterr().out
+
+
+def test_the_state_of_an_optimizer_follows_the_layout(tiny_spec: BackboneSpec) -> None:
+    model = build_model(tiny_spec, 2, weights=None)
+    optimizer = torch.optim.Adam(model.parameters())
+    for each in model.parameters():
+        each.grad = torch.ones_like(each)
+    optimizer.step()
+    model.to(memory_format=torch.channels_last)
+    lay_out_state(optimizer)
+    weight = next(each for each in model.parameters() if each.dim() == 4)
+    assert optimizer.state[weight]["exp_avg"].stride() == weight.stride()
+    assert optimizer.state[weight]["exp_avg"].unique().numel() == 1

@@ -11,7 +11,7 @@ import signal
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from threading import Barrier
+from threading import Barrier, Lock
 from typing import Any, Protocol
 
 import torch
@@ -144,6 +144,9 @@ class _Pending:
             future.cancel()
 
 
+_starting = Lock()
+
+
 def start_threads(num_workers: int) -> ThreadPoolExecutor:
     """Start threads in which PyTorch computes with one core each.
 
@@ -151,6 +154,11 @@ def start_threads(num_workers: int) -> ThreadPoolExecutor:
     PyTorch keeps the number by thread once a thread has computed something, and has one
     number for threads to come, which is put back.
     """
+    with _starting:  # Another caller would take our one core for what it has to put back.
+        return _start_threads(num_workers)
+
+
+def _start_threads(num_workers: int) -> ThreadPoolExecutor:
     pool = ThreadPoolExecutor(num_workers, thread_name_prefix="transferkit-loader")
     barrier = Barrier(num_workers + 1)
     num_cores = torch.get_num_threads()

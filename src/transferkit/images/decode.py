@@ -211,7 +211,9 @@ def read_stream(file: BinaryIO) -> tuple[bytes, str]:
     name = str(getattr(file, "name", type(file).__name__))
     try:
         data = _read_rest(file, name)
-    except OSError as error:
+    except ImageError:
+        raise
+    except Exception as error:  # Files are of many classes: in archives, closed, of one's own.
         raise ImageError(f"Cannot read the picture `{name}`: {error}.") from error
     if not isinstance(data, bytes):
         raise ImageError(

@@ -6,7 +6,7 @@ import hashlib
 import os
 import stat
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Generator, Iterable, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -72,7 +72,7 @@ def count(paths: Iterable[Any], shard: Shard | None) -> int | None:
 
 def examine(
     paths: Iterable[Any], find: Callable[[Input], int | None], *, with_digest: bool
-) -> Iterator[Input]:
+) -> Generator[Input, None, None]:
     """Look at the files some steps ahead, in threads, and yield what they are in their order.
 
     The bytes that are read here come from memory when they are decoded, so that slow disks

@@ -6,6 +6,7 @@ import threading
 from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,8 @@ class BulkRun:
             ImageError: A picture cannot be read, where the options say that it ends the run.
         """
         inputs = examine(paths, self._find_path, with_digest=with_digest)
-        self._predict(self._feed(inputs, bar), bar, options)
+        with closing(inputs):  # Its threads look into the journal.
+            self._predict(self._feed(inputs, bar), bar, options)
         if self._has_failures:
             self._predict(self._feed_again(), None, options)
 

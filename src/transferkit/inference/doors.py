@@ -107,7 +107,8 @@ def to_source(source: Any, num_channels: int) -> ImageSource:
     if isinstance(source, np.ndarray):
         array = source
         if np.issubdtype(array.dtype, np.floating):
-            array = _to_levels(torch.from_numpy(np.ascontiguousarray(array))).numpy()
+            # In this machine's byte order, and no wider than a tensor can be.
+            array = _to_levels(torch.from_numpy(array.astype(np.float64, order="C"))).numpy()
         swapped = _is_swapped(array.shape, 2, num_channels)
         return np.ascontiguousarray(array.transpose(1, 2, 0)) if swapped else array
     other: ImageSource = source

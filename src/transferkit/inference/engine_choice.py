@@ -22,6 +22,7 @@ from transferkit.models.engines import (
     make_engine,
 )
 from transferkit.models.engines import Precision as EnginePrecision
+from transferkit.models.modes import evaluating
 
 EngineChoice: TypeAlias = Literal["auto", "pytorch", "openvino", "onnxruntime"]
 InferencePrecision: TypeAlias = Literal["fp32", "bf16"]
@@ -87,8 +88,7 @@ def choose_engine(
     if device.type != "cpu":
         engine = make_named_engine(model, "pytorch", precision=precision, device=device)
         return "pytorch", engine, (EngineTrial("pytorch"),)
-    reference = make_named_engine(model, "pytorch", precision="fp32", device=device)
-    tried = {name: _try_engine(model, name, precision, reference) for name in get_args(EngineName)}
+    tried = {name: _try_engine(model, name, precision) for name in get_args(EngineName)}
     found: list[tuple[float, EngineName, Engine]] = [
         (trial.images_per_second or 0.0, name, engine)
         for name, (trial, engine) in tried.items()
@@ -102,7 +102,7 @@ def choose_engine(
 
 
 def _try_engine(
-    model: Classifier, name: EngineName, precision: InferencePrecision, reference: Engine
+    model: Classifier, name: EngineName, precision: InferencePrecision
 ) -> tuple[EngineTrial, Engine | None]:
     """Try an engine on the CPU; there is none where it cannot be taken."""
     spec = model.preprocess
@@ -113,7 +113,7 @@ def _try_engine(
         engine = make_named_engine(model, name, precision=precision, device=device)
         size = choose_batch_size(engine, shape, num_images=0, device=device)
         images = torch.randn(size, *shape, generator=generator_for(0))
-        difference = relative_difference(engine(images), reference(images))
+        difference = relative_difference(engine(images), _reference(model, images))
         allowed = TOLERANCES[_PRECISIONS[precision]]
         if not difference <= allowed:
             reason = (
@@ -126,6 +126,14 @@ def _try_engine(
             raise
         return EngineTrial(name, reason=str(error)), None
     return EngineTrial(name, size / seconds, difference), engine
+
+
+@torch.no_grad()
+def _reference(model: Classifier, images: Tensor) -> Tensor:
+    """Return the logits of the model as it is."""
+    with evaluating(model):
+        logits: Tensor = model(images)
+    return logits.float()
 
 
 def _seconds(engine: Engine, images: Tensor) -> float:

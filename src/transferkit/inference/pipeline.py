@@ -22,10 +22,10 @@ from transferkit.inference.prediction import Failure
 
 @dataclass(frozen=True)
 class Broken:
-    """The error with which an iterator of pictures ended.
+    """An error that ends the run: of the iterator of pictures, or of a kind not foreseen.
 
     Args:
-        error: The error, which is none about a picture.
+        error: The error, which is none about the content of a picture.
     """
 
     error: Exception
@@ -56,15 +56,17 @@ def read_ahead(
 
     Yields:
         Each picture, and the image, or the error why there is none. An error of `sources`
-        comes last, as `Broken`.
+        comes last, as `Broken`, and so does one of `read` that is no `ImageError`.
     """
 
-    def attempt(source: ImageSource) -> Tensor | ImageError:
+    def attempt(source: ImageSource) -> Read:
         try:
             return read(source)
         except ImageError as error:
             # Without its frames, which hold the pixels that there were.
             return error.with_traceback(None)
+        except Exception as error:
+            return Broken(error)
 
     guarded = _Guarded(sources)
     if num_workers == 0:
@@ -75,15 +77,17 @@ def read_ahead(
         return
     pool = start_threads(num_workers)
 
-    def start(source: ImageSource) -> Future[Tensor | ImageError]:
+    def start(source: ImageSource) -> Future[Read]:
+        failed: Future[Read] = Future()
         try:
             return pool.submit(attempt, hold(source))
         except ImageError as error:
-            failed: Future[Tensor | ImageError] = Future()
             failed.set_result(error.with_traceback(None))
-            return failed
+        except Exception as error:
+            failed.set_result(Broken(error))
+        return failed
 
-    waiting: deque[tuple[ImageSource, Future[Tensor | ImageError]]] = deque()
+    waiting: deque[tuple[ImageSource, Future[Read]]] = deque()
     try:
         while True:
             for drawn in islice(guarded, num_ahead - len(waiting)):

@@ -423,7 +423,8 @@ class Predictor:
         shape = (spec.num_channels, spec.crop_size, spec.crop_size)
         if engine is None:
             return 32
-        return choose_batch_size(engine, shape, num_images=total or 0, device=self.device)
+        with self._lock:  # Trying sizes runs the engine.
+            return choose_batch_size(engine, shape, num_images=total or 0, device=self.device)
 
     def _check_top_k(self, top_k: int | None) -> int:
         if top_k is None:

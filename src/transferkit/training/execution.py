@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from transferkit._allocator import buffers_kept
 from transferkit._seeding import seeded_torch
@@ -26,6 +27,7 @@ from transferkit.training.estimates import noise
 from transferkit.training.feed_choice import find_split
 from transferkit.training.memory import is_out_of_memory
 from transferkit.training.phases import ResolvedPhase
+from transferkit.training.updates import lay_out_state
 
 if TYPE_CHECKING:
     from transferkit.training.job import Job
@@ -97,6 +99,8 @@ def lay_out(job: Job, execution: Execution) -> Job:
     if memory_format is job.memory_format:
         return job
     job.model.to(memory_format=memory_format)
+    if isinstance(job.optimizer, Optimizer):
+        lay_out_state(job.optimizer)
     return replace(job, memory_format=memory_format)
 
 
@@ -165,7 +169,7 @@ def _live(job: Job, phases: Sequence[ResolvedPhase]) -> Iterator[ResolvedPhase]:
 def _measure(job: Job, phase: ResolvedPhase) -> Execution:
     try:
         model = copy.deepcopy(job.model)
-    except (RuntimeError, TypeError) as error:
+    except Exception as error:  # Of whatever class: a network of the user's own may refuse.
         return Execution(
             memory_format=_LAST, reason=f"the model cannot be copied: {_first_line(error)}"
         )
@@ -222,7 +226,7 @@ def pick_format(run: Callable[[str, int], float], size: int) -> Execution:
         count = max(few, min(size, int(few * room)))
         for running in _FORMATS:
             found[running] = min(run(running, count) for _ in range(_NUM_TIMED))
-    except (MemoryError, RuntimeError) as error:
+    except Exception as error:  # Noise may be refused where pictures are not.
         if is_out_of_memory(error):
             return Execution(memory_format=_LAST, reason="too little memory to measure")
         (other,) = _FORMATS.keys() - {running}

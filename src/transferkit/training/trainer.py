@@ -74,6 +74,7 @@ from transferkit.training.schedulers import Schedule, SchedulerFactory
 from transferkit.training.settings import RATES, resolve_recipe
 from transferkit.training.solving import Solver, check_solver
 from transferkit.training.steps import check_clip_norm
+from transferkit.training.updates import lay_out_state
 
 
 class Trainer:
@@ -331,6 +332,8 @@ class Trainer:
             given=frozenset(name for name, value in given.items() if value is not None),
         )
         model.to(self.device).to(memory_format=self._job.memory_format)
+        if isinstance(optimizer, Optimizer):
+            lay_out_state(optimizer)
         # What can be told now: a fit may have other phases.
         phases = make_phases(self._job, None, None)
         admit(self._job, phases, at_door=True)

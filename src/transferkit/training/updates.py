@@ -262,8 +262,7 @@ class Updates:
         ]
         values = {
             numbers[name]: {
-                key: _laid_out(value, self._model.get_parameter(name))
-                for key, value in each.items()
+                key: laid_out(value, self._model.get_parameter(name)) for key, value in each.items()
             }
             for name, each in state["state"].items()
         }
@@ -319,7 +318,17 @@ class Updates:
                 group["lr"] = lr
 
 
-def _laid_out(value: Any, parameter: nn.Parameter) -> Any:
+def lay_out_state(optimizer: Optimizer) -> None:
+    """Bring an optimizer's momentum and the like into the layouts that its parameters have now.
+
+    Fused kernels go through the memory of both as it lies.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            state[name] = laid_out(value, parameter)
+
+
+def laid_out(value: Any, parameter: Tensor) -> Any:
     """Return a parameter's momentum and the like in the layout of the parameter."""
     if isinstance(value, Tensor) and value.shape == parameter.shape and value.dim():
         return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
