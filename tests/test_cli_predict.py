@@ -80,9 +80,13 @@ def test_a_table(predict: Run, folder: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_a_table_of_two_classes(
-    predict: Run, folder: Path, capsys: pytest.CaptureFixture[str]
+    predict: Run,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert predict(folder / "000.png", "--top-k", "2") == 0
+    monkeypatch.chdir(folder)  # The whole path may be too long for a column.
+    assert predict("000.png", "--top-k", "2") == 0
     (header, row), _ = printed(capsys)
     assert header.split() == ["path", "label", "probability", "label_2", "probability_2"]
     assert sorted(row.split()[1::2]) == ["=bees", "ants"]

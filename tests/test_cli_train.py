@@ -92,6 +92,7 @@ def test_plan_is_printed_and_nothing_is_done(
     assert [line for line in lines if not line.startswith(" ")][2:] == [
         "probe: epochs 1 to 2",
         "finetune: epochs 3 to 4",
+        "execution: channels_last (too short to measure)",
     ]
     assert not (tmp_path / "m.safetensors").exists()
 
