@@ -61,7 +61,14 @@ def printed(capsys: pytest.CaptureFixture[str]) -> tuple[list[str], str]:
     return captured.out.splitlines(), captured.err
 
 
-def test_a_table(predict: Run, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_table(
+    predict: Run,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(folder.parent)  # The whole paths may be too long for a column.
+    folder = Path(folder.name)
     assert predict(folder) == 3
     lines, err = printed(capsys)
     assert err == "transferkit: 1 of 5 pictures could not be read\n"
