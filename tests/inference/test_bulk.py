@@ -230,8 +230,11 @@ def test_a_shard_that_is_none(shard: Any, watched: Any, tmp_path: Path) -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"on_error": "ignore"}, "`on_error` should be one of record, skip, raise, found 'ignore'."),
-    ({"duplicates": 1}, "`duplicates` should be one of once, each, found 1."),
+    (
+        {"on_error": "ignore"},
+        '`on_error` should be "record", "skip" or "raise", found \'ignore\'.',
+    ),
+    ({"duplicates": 1}, '`duplicates` should be "once" or "each", found 1.'),
     (
         {"resume": True, "overwrite": True},
         "`resume` goes on from what is there and `overwrite` begins anew. Set one of them.",

@@ -290,3 +290,14 @@ def test_the_state_of_an_optimizer_follows_the_layout(tiny_spec: BackboneSpec) -
     weight = next(each for each in model.parameters() if each.dim() == 4)
     assert optimizer.state[weight]["exp_avg"].stride() == weight.stride()
     assert optimizer.state[weight]["exp_avg"].unique().numel() == 1
+
+
+def test_a_network_that_refuses_noise_is_not_measured() -> None:
+    def run(name: str, count: int) -> float:
+        raise ValueError("no noise, please")
+
+    found = pick_format(run, 8)
+    assert (found.memory_format, found.reason) == (
+        "channels_last",
+        "cannot be measured: no noise, please",
+    )

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from transferkit._checks import check_flag, check_integer, check_path, check_type
+from transferkit._checks import check_choice, check_flag, check_integer, check_path, check_type
 from transferkit._files import atomic_path, check_writable
 from transferkit.errors import ConfigError
 from transferkit.inference.bulk_inputs import Shard, count, find_paths, take_shard
@@ -95,8 +95,8 @@ def predict_to_file(
     """
     begun = time.perf_counter()
     check_type("predictor", predictor, Predictor, "a Predictor")
-    _check_choice("on_error", on_error, ("record", "skip", "raise"))
-    _check_choice("duplicates", duplicates, ("once", "each"))
+    check_choice("on_error", on_error, ("record", "skip", "raise"))
+    check_choice("duplicates", duplicates, ("once", "each"))
     if check_flag("resume", resume) and check_flag("overwrite", overwrite):
         raise ConfigError(
             "`resume` goes on from what is there and `overwrite` begins anew. Set one of them."
@@ -135,11 +135,6 @@ def predict_to_file(
         run.journal.close(remove=is_whole and not keep_journal)
     run.report.seconds = time.perf_counter() - begun
     return run.report
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"`{name}` should be one of {', '.join(choices)}, found {value!r}.")
 
 
 def _resolve_shard(shard: object) -> Shard | None:

@@ -34,7 +34,12 @@ from transferkit.inference.engine_choice import (
 from transferkit.inference.pipeline import Batch, Broken, read_ahead
 from transferkit.inference.prediction import ClassProbability, Failure, Prediction
 from transferkit.models import BackboneSpec, Classifier
-from transferkit.models.engines import Engine, EngineName, choose_batch_size
+from transferkit.models.engines import (
+    DEFAULT_BATCH_SIZE,
+    Engine,
+    EngineName,
+    choose_batch_size,
+)
 from transferkit.models.modes import evaluating
 
 DEFAULT_TOP_K = 5
@@ -422,7 +427,7 @@ class Predictor:
         spec = self.preprocess
         shape = (spec.num_channels, spec.crop_size, spec.crop_size)
         if engine is None:
-            return 32
+            return DEFAULT_BATCH_SIZE
         with self._lock:  # Trying sizes runs the engine.
             return choose_batch_size(engine, shape, num_images=total or 0, device=self.device)
 

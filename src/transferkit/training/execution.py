@@ -229,6 +229,10 @@ def pick_format(run: Callable[[str, int], float], size: int) -> Execution:
     except Exception as error:  # Noise may be refused where pictures are not.
         if is_out_of_memory(error):
             return Execution(memory_format=_LAST, reason="too little memory to measure")
+        if not isinstance(error, RuntimeError):  # Which `view` raises in a layout.
+            return Execution(
+                memory_format=_LAST, reason=f"cannot be measured: {_first_line(error)}"
+            )
         (other,) = _FORMATS.keys() - {running}
         return Execution(memory_format=other, reason=f"{running} fails: {_first_line(error)}")
     is_first = found[_FIRST] * _TIE < found[_LAST]
