@@ -94,7 +94,7 @@ class OutputError(TransferkitError, OSError):
 
 
 class ProcessError(TransferkitError, RuntimeError):
-    """Another of the processes that train together has failed."""
+    """Another process has failed: one that trains with this one, or one that reads for it."""
 
 
 class MissingDependencyError(TransferkitError, ImportError):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import signal
 import threading
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from transferkit.data import (
 )
 from transferkit.data.cache import LocalCache, SharedCache
 from transferkit.data.loader import resolve_num_workers
-from transferkit.errors import ConfigError, DataError, ImageError
+from transferkit.errors import ConfigError, DataError, ImageError, ProcessError
 from transferkit.images import Preprocess
 
 PREPROCESS = Preprocess(crop_size=8, resize_size=8)
@@ -457,6 +458,26 @@ def test_pass_whose_loader_was_closed_says_so(dataset: ImageDataset, worker_type
     assert str(error.value) == "The loader was closed during this pass. Start a new one."
     assert len(list(loader.batches())) == 16
     loader.close()
+
+
+def end_this_process(image: Tensor) -> Tensor:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return image
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no signals of this kind")
+def test_a_worker_that_is_killed_is_an_error_that_says_so(dataset: ImageDataset) -> None:
+    loader = ImageLoader(
+        dataset, PREPROCESS.train(end_this_process), num_workers=1, worker_type="process"
+    )
+    with pytest.raises(ProcessError) as error:
+        next(loader.batches())
+    loader.close()
+    assert str(error.value) == (
+        "A worker process ended before its batch was read (signal 9). The system may have ended "
+        'it for want of memory: use fewer workers (`num_workers`), or `worker_type="thread"`, '
+        "whose workers share the memory."
+    )
 
 
 @pytest.mark.filterwarnings("ignore:Got pickle error when attempting:UserWarning")

@@ -8,9 +8,11 @@ from __future__ import annotations
 import multiprocessing
 import pickle
 import signal
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from threading import Barrier, Lock
 from typing import Any, Protocol
 
@@ -20,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from transferkit.data.reading import BatchBuilder, Loaded, Reader
 from transferkit.data.sampling import EpochSampler, Key
-from transferkit.errors import ConfigError
+from transferkit.errors import ConfigError, ProcessError
 
 NUM_BATCHES_AHEAD = 2
 """Batches that workers prepare while one is in use."""
@@ -229,7 +231,31 @@ class ProcessWorkers:
                 f"The transform and the data set cannot be sent to worker processes: {error}. "
                 f'Define them at the top level of a module, or use `worker_type="thread"`.'
             ) from error
-        yield from self._iterator
+        try:
+            yield from self._iterator
+        except (RuntimeError, OSError, EOFError) as error:
+            # Which of them it is depends on where in its work the process was ended.
+            lost = self._lost()
+            if lost is None:
+                raise
+            raise ProcessError(
+                f"A worker process ended before its batch was read ({lost}). The system may "
+                f"have ended it for want of memory: use fewer workers (`num_workers`), or "
+                f'`worker_type="thread"`, whose workers share the memory.'
+            ) from error
+
+    def _lost(self) -> str | None:
+        """Say how a process ended that should be there; None where all are."""
+        workers: list[multiprocessing.Process] = self._iterator._workers
+        for _ in range(20):  # Its connections end a moment before the process does.
+            for worker in workers:
+                if worker.exitcode is not None:
+                    code = worker.exitcode
+                    return f"exit code {code}" if code >= 0 else f"signal {-code}"
+            # PyTorch raises here, too, when it hears of an ended process.
+            with suppress(RuntimeError):
+                time.sleep(0.05)
+        return None
 
     def close(self) -> None:
         """End the processes."""

@@ -5,16 +5,16 @@ from __future__ import annotations
 import copy
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 
 from transferkit._allocator import buffers_kept
 from transferkit._seeding import seeded_torch
-from transferkit.errors import ConfigError
+from transferkit.errors import ConfigError, ProcessError
 from transferkit.evaluation import Evaluation, evaluate_model
 from transferkit.evaluation.evaluate import RunningMean
 from transferkit.models.modes import modes_kept
@@ -43,8 +43,10 @@ from transferkit.training.losses import LossWatch
 from transferkit.training.phases import ResolvedPhase
 from transferkit.training.regularizers import L2SP
 from transferkit.training.solving import Fitted, solve_head
-from transferkit.training.steps import Stepper, Updated
+from transferkit.training.steps import Stepper
 from transferkit.training.updates import Updates
+
+_T = TypeVar("_T")
 
 Notify: TypeAlias = "Callable[..., None]"
 """Calls a method of all callbacks: its name, then its arguments."""
@@ -283,15 +285,17 @@ class Fit:
             if every is not None and progress.step % every == 0:
                 self._save()
 
-    def _until_workers_end(self, updates: Iterator[Updated]) -> Iterator[Updated]:
+    def _until_workers_end(self, items: Iterable[_T]) -> Iterator[_T]:
         """Iterate; where a signal has ended the workers before their next batch, end the fit."""
         try:
-            yield from updates
+            yield from items
         except RuntimeError as error:
             number = self._interruption.number
             # Of several processes the others do not know of it: the error ends them, too.
-            is_end = self.job.world.is_alone and "DataLoader worker" in str(error)
-            if number is not None and is_end:
+            is_alone = self.job.world.is_alone
+            # PyTorch's own handler tells of a dead worker at any time, also within a step.
+            has_lost = isinstance(error, ProcessError) or "DataLoader worker" in str(error)
+            if number is not None and is_alone and has_lost:
                 raise Interrupted(number) from error
             raise
 
@@ -300,7 +304,7 @@ class Fit:
         batches = feed.val()
         if world.is_alone and (average is None or average.interval == "step"):
             # Where the average has taken this epoch already, it cannot be evaluated once more.
-            batches = self._interruption.checked(batches)
+            batches = self._interruption.checked(self._until_workers_end(batches))
         with self.job.precision.autocast(), world.meeting() as meet:
 
             def sum_up(mean: RunningMean, confusion: torch.Tensor) -> None:
