@@ -52,7 +52,7 @@ def splits(tmp_path_factory: pytest.TempPathFactory) -> ImageSplits:
 @pytest.mark.parametrize(
     ("name", "part"),
     [
-        pytest.param(name, part, marks=pytest.mark.slow if name in LARGE and part == "half" else ())
+        pytest.param(name, part, marks=pytest.mark.slow if name in LARGE else ())
         for name in [*SMALLEST.values(), "efficientnet_lite0"]
         for part in ("backbone", "half")
     ],

@@ -36,7 +36,7 @@ class Split(NamedTuple):
 
 @pytest.fixture(scope="session")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The default data set, drawn once."""
+    """The default data set, drawn once, which takes the better part of a minute."""
     return write_drawn_pictures(tmp_path_factory.mktemp("drawn") / "insects")
 
 
@@ -106,6 +106,18 @@ def test_seed_out_of_range_is_refused() -> None:
 # A data set
 
 
+def test_layout_and_counts_are_as_asked(tmp_path: Path) -> None:
+    root = write_drawn_pictures(tmp_path / "drawn", counts=FEW)
+    found = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.jpg"))
+    assert found == [
+        f"{split}/{class_name}/{index:03d}.jpg"
+        for split, classes in FEW.items()
+        for class_name, count in classes.items()
+        for index in range(count)
+    ]
+
+
+@pytest.mark.slow
 def test_default_set_has_the_layout_and_counts_of_the_photographs(written: Path) -> None:
     assert sorted(path.name for path in written.iterdir()) == ["train", "val"]
     for split, classes in COUNTS.items():
@@ -116,6 +128,7 @@ def test_default_set_has_the_layout_and_counts_of_the_photographs(written: Path)
     assert list(written.parent.iterdir()) == [written]
 
 
+@pytest.mark.slow
 def test_every_file_is_a_jpeg_that_decodes(written: Path) -> None:
     for path in written.rglob("*.jpg"):
         with Image.open(path) as image:
@@ -124,12 +137,14 @@ def test_every_file_is_a_jpeg_that_decodes(written: Path) -> None:
             image.load()
 
 
+@pytest.mark.slow
 def test_no_picture_is_there_twice(written: Path) -> None:
     contents = [path.read_bytes() for path in written.rglob("*.jpg")]
 
     assert len(set(contents)) == len(contents) == 397
 
 
+@pytest.mark.slow
 def test_smaller_counts_give_the_first_pictures_of_larger_ones(
     written: Path, tmp_path: Path
 ) -> None:
@@ -141,6 +156,7 @@ def test_smaller_counts_give_the_first_pictures_of_larger_ones(
         assert (root / name).read_bytes() == (written / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_other_seed_gives_other_pictures(written: Path, tmp_path: Path) -> None:
     root = write_drawn_pictures(tmp_path / "few", seed=1, counts=FEW)
 
@@ -238,18 +254,22 @@ def test_a_stop_in_the_middle_leaves_nothing(
 # Difficulty
 
 
+@pytest.mark.slow
 def test_joint_colours_do_not_tell_the_classes_apart(splits: dict[str, Split]) -> None:
     assert _best_accuracy(_described(splits, _joint_histogram), splits) < 0.75
 
 
+@pytest.mark.slow
 def test_single_colours_do_not_tell_the_classes_apart(splits: dict[str, Split]) -> None:
     assert _best_accuracy(_described(splits, _histograms), splits) < 0.75
 
 
+@pytest.mark.slow
 def test_thumbnails_do_not_tell_the_classes_apart(splits: dict[str, Split]) -> None:
     assert _best_accuracy(_described(splits, _thumbnail), splits) < 0.75
 
 
+@pytest.mark.slow
 def test_pretrained_features_tell_the_classes_apart(splits: dict[str, Split]) -> None:
     model = _pretrained_model()
     features = {}

@@ -59,7 +59,7 @@ WORKERS = [
         worker_type,
         num_workers,
         marks=pytest.mark.slow
-        if worker_type in ("spawn", "forkserver") and num_workers != 2
+        if worker_type == "forkserver" or (worker_type == "spawn" and num_workers != 1)
         else (),
     )
     for worker_type in ("thread", *START_METHODS)

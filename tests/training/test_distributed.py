@@ -102,7 +102,7 @@ FITS: dict[str, dict[str, Any]] = {
 }
 
 
-QUICK = ("accumulated", "balanced")
+QUICK = ("accumulated",)
 
 
 @pytest.mark.parametrize(

@@ -463,6 +463,7 @@ def test_what_a_fit_would_not_take(make: Make) -> None:
         make(freeze="backbone", recipe="finetune").lr_find()
 
 
+@pytest.mark.slow
 def test_photographs(photographs: Path) -> None:
     data = load_folders(photographs)
     model = build_model("efficientnet_lite0", 2, seed=0)
