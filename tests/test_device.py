@@ -8,6 +8,7 @@ import torch
 
 from transferkit._device import (
     describe_device,
+    empty_cache,
     free_device_memory,
     has_streams,
     resolve_device,
@@ -121,6 +122,15 @@ def test_free_memory_is_asked_of_each_kind_of_device(monkeypatch: pytest.MonkeyP
     devices = [torch.device(name) for name in ("cuda:1", "xpu", "mps", "mtia", "cpu")]
     assert [free_device_memory(device) for device in devices] == [70, 70, 60, 0, 0]
     assert asked == devices[:2]
+
+
+def test_memory_is_given_back_by_each_kind_of_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+    monkeypatch.setattr(torch.mps, "empty_cache", lambda: called.append("mps"))
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: called.append("any"))
+    for name in ("cpu", "mps", "cuda:1", "xpu"):
+        empty_cache(torch.device(name))
+    assert called == ["mps", "any", "any"]
 
 
 @pytest.mark.gpu

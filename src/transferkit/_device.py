@@ -80,6 +80,18 @@ def has_streams(device: torch.device) -> bool:
     return device.type in ("cuda", "xpu")
 
 
+def empty_cache(device: torch.device) -> None:
+    """Give back what PyTorch keeps of an accelerator's memory; nothing on the CPU.
+
+    Example:
+        >>> empty_cache(torch.device("cpu"))
+    """
+    if device.type == "mps":
+        torch.mps.empty_cache()  # The general call does not know MPS in all versions.
+    elif device.type != "cpu":
+        torch.accelerator.empty_cache()
+
+
 def free_device_memory(device: torch.device) -> int:
     """Return the bytes that are free on an accelerator; 0 where PyTorch cannot tell."""
     if device.type == "mps":

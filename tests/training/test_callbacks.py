@@ -93,10 +93,17 @@ def test_early_stopping_goes_on_where_it_was() -> None:
         ({"patience": 0}, "`patience` should be an integer of at least 1, found 0."),
         ({"min_delta": -1}, "`min_delta` should be a finite number of at least 0, found -1."),
         (
-            {"monitor": "loss"},
-            "Unknown record key `loss`. Epoch records have: epoch, train_loss, train_accuracy, "
-            "val_loss, val_accuracy, lr, seconds.",
+            {"monitor": "f1"},
+            "`monitor` is `f1`, and nothing tells whether it should be small or large. Pass "
+            'mode="max" where larger is better, mode="min" where smaller is. Without a metric '
+            "of that name, take one of: epoch, train_loss, train_accuracy, val_loss, "
+            "val_accuracy, lr, seconds.",
         ),
+        (
+            {"monitor": 1},
+            "`monitor` should be the name of a record's value or of a metric, found int.",
+        ),
+        ({"mode": "up"}, '`mode` should be "auto", "min" or "max", found \'up\'.'),
     ],
 )
 def test_early_stopping_checks_its_arguments(options: dict[str, Any], message: str) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from transferkit.errors import ConfigError
-from transferkit.training import CSVLog, History, JSONLog, Trainer
+from transferkit.training import CSVLog, EarlyStopping, History, JSONLog, Trainer
 
 Make = Callable[..., Trainer]
 
@@ -49,6 +49,55 @@ def test_metrics_stand_in_records_and_files(make: Make, tmp_path: Path) -> None:
     evaluation = trainer.evaluate()
     assert evaluation.metrics["hits"] == pytest.approx(evaluation.accuracy * 8)
     assert evaluation.to_dict()["metrics"] == evaluation.metrics
+
+
+class Falling:
+    """A metric that is less with each evaluation."""
+
+    def __init__(self) -> None:
+        self.value = 10.0
+
+    def reset(self) -> None:
+        self.value -= 1
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        pass
+
+    def compute(self) -> float:
+        return self.value
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("max", 3), ("min", 6)])
+def test_early_stopping_on_a_metric(make: Make, mode: Any, expected: int) -> None:
+    stopping = EarlyStopping(monitor="falling", mode=mode, patience=2)
+    history = make(metrics={"falling": Falling()}, callbacks=[stopping]).fit(6)
+    assert len(history) == expected
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("max", 3), ("min", 0)])
+def test_a_plateau_of_a_metric(make: Make, mode: str, expected: int) -> None:
+    options = {"monitor": "falling", "mode": mode, "patience": 0, "factor": 0.5}
+    trainer = make(
+        metrics={"falling": Falling()}, scheduler="plateau", scheduler_options=options, lr=0.08
+    )
+    trainer.fit(4)
+    lrs = trainer.history.column("lr")
+    assert lrs[-1] == pytest.approx(0.08 if not expected else 0.02)
+
+
+MISSING = (
+    "Unknown record key `f1`. Epoch records have: epoch, train_loss, train_accuracy, val_loss, "
+    "val_accuracy, lr, seconds, hits."
+)
+
+
+def test_a_metric_that_the_fit_does_not_have(make: Make) -> None:
+    stopping = EarlyStopping(monitor="f1", mode="max")
+    with pytest.raises(ConfigError, match=f"^{re.escape(MISSING)}$"):
+        make(metrics={"hits": Hits()}, callbacks=[stopping]).fit(1)
+    options = {"monitor": "f1", "mode": "max"}
+    with pytest.raises(ConfigError, match=f"^{re.escape(MISSING)}$"):
+        make(metrics={"hits": Hits()}, scheduler="plateau", scheduler_options=options).fit(1)
 
 
 def test_metrics_of_torchmetrics(make: Make) -> None:

@@ -216,6 +216,31 @@ def test_other_workers(
     )
 
 
+class Growing(nn.Module):
+    """A criterion that remembers: the more batches it has seen, the more they count."""
+
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            self.count += 1
+        return self.count * nn.functional.cross_entropy(logits, targets)
+
+
+def test_a_criterion_that_remembers(make: Make, tmp_path: Path) -> None:
+    check_every_step(
+        make,
+        tmp_path / "fit",
+        fit={"epochs": 2},
+        make_more=lambda: {"criterion": Growing()},
+        every=3,
+    )
+
+
 def test_an_optimizer_and_a_scheduler_as_objects(make: Make, tmp_path: Path) -> None:
     torch.manual_seed(0)
 

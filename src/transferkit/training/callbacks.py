@@ -8,12 +8,12 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from transferkit._checks import check_callable, check_integer, check_number
 from transferkit._files import check_writable
 from transferkit.errors import ConfigError
-from transferkit.training.history import EpochRecord, History, check_record_key
+from transferkit.training.history import EpochRecord, History, Mode, check_monitor, check_record_key
 from transferkit.training.phases import Phase
 
 if TYPE_CHECKING:
@@ -130,13 +130,16 @@ class EarlyStopping(Callback):
     A fit of one phase ends with it; in a fit of several the next one begins.
 
     Args:
-        monitor: A record key; with "accuracy" in its name larger is better, else smaller. A
-            value that is not finite is no improvement.
+        monitor: The name of a record's value, or of one of the trainer's own metrics. A value
+            that is not finite is no improvement.
+        mode: Whether it should be small ("min") or large ("max"). "auto" takes "max" where
+            "accuracy" is in the name and "min" for the records' other values; for a metric of
+            another name it has to be said.
         patience: Epochs without improvement after which the phase ends, at least 1.
         min_delta: What counts as an improvement, at least 0.
 
     Raises:
-        ConfigError: A value cannot work.
+        ConfigError: A value cannot work; at the start of a fit: it has no such metric.
 
     Example:
         >>> stopping = EarlyStopping(monitor="val_accuracy", patience=3)
@@ -145,9 +148,15 @@ class EarlyStopping(Callback):
     """
 
     def __init__(
-        self, *, monitor: str = "val_loss", patience: int = 5, min_delta: float = 0.0
+        self,
+        *,
+        monitor: str = "val_loss",
+        mode: Mode = "auto",
+        patience: int = 5,
+        min_delta: float = 0.0,
     ) -> None:
-        self.monitor: str = check_record_key(monitor)
+        self.mode: Literal["min", "max"] = check_monitor(monitor, mode)
+        self.monitor: str = monitor
         self.patience: int = check_integer("patience", patience, minimum=1)
         self.min_delta: float = check_number(
             "min_delta", min_delta, lambda value: value >= 0, "of at least 0"
@@ -155,13 +164,17 @@ class EarlyStopping(Callback):
         self._best: float | None = None
         self._waited = 0
 
+    def on_fit_start(self, trainer: Trainer, num_epochs: int) -> None:
+        """Check that the fit gives the value."""
+        check_record_key(self.monitor, trainer.metrics)
+
     def on_phase_start(self, trainer: Trainer, phase: Phase) -> None:
         """Forget an earlier phase."""
         self._best, self._waited = None, 0
 
     def on_epoch_end(self, trainer: Trainer, record: EpochRecord) -> None:
         """Compare with the best so far."""
-        value = record.get(self.monitor) * (1 if "accuracy" in self.monitor else -1)
+        value = record.get(self.monitor) * (1 if self.mode == "max" else -1)
         if math.isfinite(value) and (self._best is None or value > self._best + self.min_delta):
             self._best, self._waited = value, 0
             return

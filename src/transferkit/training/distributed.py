@@ -23,8 +23,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import rendezvous
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from transferkit.errors import ConfigError, ProcessError
@@ -82,6 +80,10 @@ class World:
         """
         if self.is_alone or dist.is_initialized():
             return
+        # Builds of PyTorch without distributed training have neither.
+        from torch.distributed.distributed_c10d import PrefixStore
+        from torch.distributed.rendezvous import rendezvous
+
         backend = "cpu:gloo,cuda:nccl" if self.device_type == "cuda" else "gloo"
         store, rank, size = next(rendezvous("env://"))
         # torchrun keeps its store when it starts killed processes again, and with it the addresses

@@ -85,6 +85,7 @@ def capture(
         "average": None if average is None else average.state_dict(),
         "best": fit.best.state_dict(is_present=fit.is_best_present),
         "penalty": None if fit.penalty is None else fit.penalty.state_dict(),
+        "criterion": changing(job.criterion) if isinstance(job.criterion, nn.Module) else {},
         "before_finetuning": fit.before_finetuning,
         "nonfinite": fit.losses.skipped,
         "scaler": None if job.precision.scaler is None else job.precision.scaler.state_dict(),
@@ -118,6 +119,8 @@ def restore(fit: Fit, checkpoint: Checkpoint) -> dict[str, Any]:
         load_tensors(fit.job.model, parts["model"])
         fit.best.load_state_dict(parts["best"])
         fit.losses.skipped[:] = parts["nonfinite"]
+        if isinstance(fit.job.criterion, nn.Module):
+            load_tensors(fit.job.criterion, parts["criterion"])
         fit.before_finetuning = _on_device(parts["before_finetuning"], fit.job.device)
         if fit.penalty is not None:
             fit.penalty.load_state_dict(parts["penalty"])
@@ -154,7 +157,7 @@ def restore_callbacks(fit: Fit, parts: dict[str, Any]) -> None:
             each.load_state_dict(waiting.pop(0))
 
 
-def changing(model: Classifier, trainable: Collection[str]) -> dict[str, Tensor]:
+def changing(model: nn.Module, trainable: Collection[str] = ()) -> dict[str, Tensor]:
     """Return what may change in a fit: the parameters of some names, and all buffers."""
     tensors: dict[str, Tensor] = {
         name: each for name, each in model.named_parameters() if name in trainable
@@ -165,7 +168,7 @@ def changing(model: Classifier, trainable: Collection[str]) -> dict[str, Tensor]
 
 
 @torch.no_grad()
-def load_tensors(model: Classifier, tensors: dict[str, Tensor]) -> None:
+def load_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Copy tensors into the parameters and buffers of their names."""
     present = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, value in tensors.items():

@@ -133,6 +133,8 @@ class Fit:
             job.train_loader.forget_skipped()
             job.val_loader.forget_skipped()
             job.model.freeze(self.phases[0].freeze_plan)
+            if self._store is not None:
+                _ = self.identity  # Before a step changes what the criterion keeps.
             if checkpoint is None:
                 self._begin(start=start)
             else:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
+from transferkit._checks import check_choice, check_type
 from transferkit._files import write_text
 from transferkit.errors import ConfigError, DataError
 
@@ -66,13 +67,50 @@ RECORD_FIELDS = tuple(each.name for each in fields(EpochRecord) if each.name != 
 """What every record has, in its order."""
 
 
-def check_record_key(key: str) -> str:
+Mode: TypeAlias = Literal["auto", "min", "max"]
+"""Whether a value should be small or large; "auto" knows it of losses and accuracies."""
+
+
+def check_monitor(monitor: str, mode: Mode) -> Literal["min", "max"]:
+    """Return whether what is monitored should be small or large.
+
+    Args:
+        monitor: The name of a record's value, or of a metric of the trainer's own.
+        mode: What was asked for.
+
+    Raises:
+        ConfigError: `mode` is none of the three, or cannot be told of a metric.
+    """
+    check_type("monitor", monitor, str, "the name of a record's value or of a metric")
+    check_choice("mode", mode, get_args(Mode))
+    if mode != "auto":
+        return mode
+    if "accuracy" in monitor:
+        return "max"
+    if monitor in RECORD_FIELDS:
+        return "min"
+    raise ConfigError(
+        f"`monitor` is `{monitor}`, and nothing tells whether it should be small or large. Pass "
+        f'mode="max" where larger is better, mode="min" where smaller is. Without a metric of '
+        f"that name, take one of: {', '.join(_record_keys())}."
+    )
+
+
+def _record_keys() -> list[str]:
+    return [name for name in RECORD_FIELDS if name != "phase"]
+
+
+def check_record_key(key: str, metrics: Collection[str] = ()) -> str:
     """Return `key` when records have a value of that name.
+
+    Args:
+        key: The name.
+        metrics: The names of the trainer's own metrics, which records have, too.
 
     Raises:
         ConfigError: They have not.
     """
-    keys = [name for name in RECORD_FIELDS if name != "phase"]
+    keys = [*_record_keys(), *metrics]
     if key not in keys:
         raise ConfigError(f"Unknown record key `{key}`. Epoch records have: {', '.join(keys)}.")
     return key

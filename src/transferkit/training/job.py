@@ -87,7 +87,13 @@ class Job:
 
     def updates(self) -> Updates:
         """Return a new optimizer with its schedules, not built yet."""
-        return Updates(self.model, self.recipe, optimizer=self.optimizer, scheduler=self.scheduler)
+        return Updates(
+            self.model,
+            self.recipe,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            metrics=self.metrics.keys(),
+        )
 
     def solves(self, phase: ResolvedPhase) -> bool:
         """Tell whether the solver takes the place of the optimizer in a phase."""

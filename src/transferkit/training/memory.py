@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from transferkit._device import empty_cache
 from transferkit._seeding import seeded_torch
 from transferkit.errors import ConfigError, OutOfMemoryError
 from transferkit.training.admission import frozen_as
@@ -54,8 +55,7 @@ def explain_out_of_memory(
     """
     start = f"A batch of {size} pictures does not fit the memory of `{device}`. "
     for smaller in halves(size):
-        if device.type != "cpu":
-            torch.accelerator.empty_cache()
+        empty_cache(device)
         try:
             run(smaller)
         except (MemoryError, RuntimeError) as error:
@@ -114,7 +114,7 @@ def _runs(job: Job, size: int) -> bool:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        torch.accelerator.empty_cache()
+        empty_cache(job.device)
         return False
     return True
 

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from transferkit._checks import check_callable, check_integer, check_number
 from transferkit._registry import Registry
 from transferkit.errors import ConfigError, TransferkitError
-from transferkit.training.history import check_record_key
+from transferkit.training.history import Mode, check_monitor
 from transferkit.training.settings import name_of
 
 Interval: TypeAlias = Literal["step", "epoch"]
@@ -26,12 +26,12 @@ class Schedule:
     Args:
         scheduler: The scheduler; None leaves the learning rate alone.
         interval: "step" steps it after each optimizer update, "epoch" after each epoch.
-        monitor: The record key that is handed to `scheduler.step`, for a plateau scheduler;
-            None hands nothing.
+        monitor: The name of the record's value, or of one of the trainer's own metrics, that is
+            handed to `scheduler.step`, for a plateau scheduler; None hands nothing.
 
     Raises:
-        ConfigError: The interval or the monitor is unknown, a plateau scheduler has no
-            monitor, or a monitor is given by the step.
+        ConfigError: The interval is unknown, a plateau scheduler has no monitor, or a monitor
+            is given by the step.
     """
 
     scheduler: LRScheduler | None
@@ -41,8 +41,6 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.interval not in get_args(Interval):
             raise ConfigError(f'`interval` should be "step" or "epoch", found {self.interval!r}.')
-        if self.monitor is not None:
-            check_record_key(self.monitor)
         if isinstance(self.scheduler, ReduceLROnPlateau) != (self.monitor is not None):
             raise ConfigError(
                 "A `monitor` belongs to ReduceLROnPlateau, which needs one, and to no other "
@@ -270,14 +268,16 @@ def _plateau(
     num_epochs: int,
     steps_per_epoch: int,
     monitor: str = "val_loss",
+    mode: Mode = "auto",
     patience: int = 3,
     factor: float = 0.1,
 ) -> Schedule:
     """Multiply by `factor` when the monitored value has not improved for `patience` epochs."""
     patience = check_integer("patience", patience, minimum=0)
     factor = _check_factor("factor", factor)
-    mode: Literal["min", "max"] = "max" if "accuracy" in monitor else "min"
-    scheduler = ReduceLROnPlateau(optimizer, mode=mode, patience=patience, factor=factor)
+    scheduler = ReduceLROnPlateau(
+        optimizer, mode=check_monitor(monitor, mode), patience=patience, factor=factor
+    )
     return Schedule(scheduler, monitor=monitor)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transferkit.errors import CheckpointError, ConfigError
 from transferkit.models import Classifier
 from transferkit.training.groups import Rates, regroup, set_option
-from transferkit.training.history import EpochRecord
+from transferkit.training.history import EpochRecord, check_record_key
 from transferkit.training.optimizers import OptimizerFactory, group_options, make_optimizer
 from transferkit.training.phases import RATE_NAMES, Phase, ResolvedPhase
 from transferkit.training.recipes import Recipe
@@ -35,6 +35,7 @@ class Updates:
         optimizer: A name, a factory or an optimizer, see `Trainer`.
         scheduler: A name or a factory, which makes a schedule for each phase; or a `Schedule` or
             a PyTorch scheduler, which goes on from phase to phase and from fit to fit.
+        metrics: The names of the trainer's own metrics, which a schedule may monitor.
     """
 
     def __init__(
@@ -44,11 +45,13 @@ class Updates:
         *,
         optimizer: str | OptimizerFactory | Optimizer,
         scheduler: str | SchedulerFactory | Schedule | LRScheduler,
+        metrics: Collection[str] = (),
     ) -> None:
         self._model = model
         self._recipe = recipe
         self._given = optimizer
         self._scheduler = scheduler
+        self._metrics = metrics
         self.optimizer: Optimizer | None = None
         self._schedule = Schedule(None)
         self._starts: list[tuple[dict[str, Any], dict[str, Any]]] = []  # Groups and options.
@@ -160,13 +163,16 @@ class Updates:
             options = phase.scheduler_options
         elif isinstance(self._scheduler, str):
             options = self._recipe.scheduler_options
-        return make_schedule(
+        schedule = make_schedule(
             self._scheduler_of(phase),
             optimizer,
             num_epochs=phase.epochs,
             steps_per_epoch=steps_per_epoch,
             options=options,
         )
+        if schedule.monitor is not None:
+            check_record_key(schedule.monitor, self._metrics)
+        return schedule
 
     def step(self, scaler: torch.amp.GradScaler | None = None) -> None:
         """Update the weights, then the learning rates where they go by the step.
