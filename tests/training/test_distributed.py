@@ -127,6 +127,16 @@ def test_moving_statistics_become_the_mean(runner: Runner) -> None:
     assert all(torch.equal(first[name], value) for name, value in second.items())
 
 
+@pytest.mark.slow
+def test_both_take_the_layout_that_the_first_has_measured(runner: Runner) -> None:
+    folder = runner.run("measured", processes=2, model={"bn": "fixed"}, epochs=13)
+    chosen, other = (history_of(folder, rank)["settings"]["execution"] for rank in range(2))
+    assert chosen == other
+    assert chosen["reason"].startswith("measured")
+    first, second = (load_file(folder / f"weights{rank}.safetensors") for rank in range(2))
+    assert all(torch.equal(first[name], value) for name, value in second.items())
+
+
 def test_a_picture_that_one_cannot_read_stops_all(runner: Runner) -> None:
     broken = min((runner.data / "train" / "red").iterdir())
     content = broken.read_bytes()
