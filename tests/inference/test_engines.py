@@ -161,14 +161,15 @@ def test_trying_batch_sizes_holds_the_lock(
     model: Classifier, picture: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     predictor = Predictor(model, class_names=NAMES, device="cpu", engine="pytorch")
-    name, engine = predictor.engine_name, predictor._chosen()[1]
+    network = predictor._network
+    name, engine = network.chosen()
     held: list[bool] = []
 
     def run(images: torch.Tensor) -> torch.Tensor:
-        held.append(predictor._lock._is_owned())  # type: ignore[attr-defined]
+        held.append(network._lock._is_owned())  # type: ignore[attr-defined]
         return engine(images)
 
-    predictor._engine = (name, run)  # type: ignore[assignment]
+    network._engine = (name, run)  # type: ignore[assignment]
     found = predictor.predict_many([picture] * 2000)
     next(found)
     assert len(held) > 2

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from typing import Literal, overload
@@ -28,24 +27,14 @@ from transferkit.inference.engine_choice import (
     EngineTrial,
     InferencePrecision,
     check_choice_of_engine,
-    choose_engine,
-    make_named_engine,
 )
+from transferkit.inference.network import MIN_WORTH_CHOOSING, Network
 from transferkit.inference.pipeline import Batch, Broken, read_ahead
 from transferkit.inference.prediction import ClassProbability, Failure, Prediction
 from transferkit.models import BackboneSpec, Classifier
-from transferkit.models.engines import (
-    DEFAULT_BATCH_SIZE,
-    Engine,
-    EngineName,
-    choose_batch_size,
-)
-from transferkit.models.modes import evaluating
+from transferkit.models.engines import Engine, EngineName
 
 DEFAULT_TOP_K = 5
-
-MIN_WORTH_CHOOSING = 64
-"""Up to so many pictures PyTorch runs the model as it is: choosing an engine takes seconds."""
 
 _MAX_WORKERS = 16
 _FEW = 8
@@ -111,23 +100,16 @@ class Predictor:
                 f"`class_names` should have a name for each of the model's {model.num_classes} "
                 f"classes, found {len(self.class_names)}."
             )
-        self.device: torch.device = resolve_device(device)
-        check_choice_of_engine(engine, precision, self.device)
+        place = resolve_device(device)
         if tta not in (None, "flip"):
             raise ConfigError(f'`tta` should be "flip" or None, found {tta!r}.')
         if threshold is not None:
             threshold = check_number(
                 "threshold", threshold, lambda value: 0 <= value <= 1, "in [0, 1]"
             )
-        self.model: Classifier = model.to(self.device)
-        self.precision: InferencePrecision = precision
         self.threshold: float | None = threshold
         self.tta: Literal["flip"] | None = tta
-        self.engine_report: tuple[EngineTrial, ...] = ()
-        """What came of each engine that "auto" tried; empty before it did."""
-        self._asked: EngineChoice = engine
-        self._engine: tuple[EngineName, Engine] | None = None
-        self._lock = threading.RLock()
+        self._network = Network(model, device=place, engine=engine, precision=precision)
 
     @classmethod
     def load(
@@ -179,6 +161,21 @@ class Predictor:
         )
 
     @property
+    def model(self) -> Classifier:
+        """The classifier, on `device`."""
+        return self._network.model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network runs."""
+        return self._network.device
+
+    @property
+    def precision(self) -> InferencePrecision:
+        """What is computed in."""
+        return self._network.precision
+
+    @property
     def digest(self) -> str:
         """The SHA-256 over class names, preprocessing and weights, in hex; not the engine."""
         told = {
@@ -197,7 +194,12 @@ class Predictor:
     @property
     def engine_name(self) -> EngineName:
         """The engine that runs many pictures; "auto" chooses it now, if it has not yet."""
-        return self._chosen()[0]
+        return self._network.chosen()[0]
+
+    @property
+    def engine_report(self) -> tuple[EngineTrial, ...]:
+        """What came of each engine that "auto" tried; empty before it did."""
+        return self._network.report
 
     @property
     def preprocess(self) -> Preprocess:
@@ -214,9 +216,7 @@ class Predictor:
             ConfigError: There is no such engine here.
             MissingDependencyError: What it needs is not installed.
         """
-        check_choice_of_engine(name, self.precision, self.device)
-        if self._asked == "auto" and self._engine is None:
-            self._asked = name
+        self._network.prefer(name)
 
     def expect(self, num_images: int) -> None:
         """Say how many pictures will come in all, where a call cannot tell.
@@ -336,8 +336,8 @@ class Predictor:
         def read(source: ImageSource) -> Tensor:
             return transform(spec.decode(to_source(source, spec.num_channels)))
 
-        engine = self._engine_for(total)
-        size = self._choose_batch_size(engine, total) if batch_size == "auto" else batch_size
+        engine = self._network.engine_for(total)
+        size = self._network.batch_size_for(engine, total) if batch_size == "auto" else batch_size
         pairs = read_ahead(
             sources,
             read,
@@ -383,53 +383,11 @@ class Predictor:
 
     def _probabilities(self, engine: Engine | None, images: Tensor) -> Tensor:
         """Return probabilities `(N, C)` on the CPU."""
-        probabilities = self._logits(engine, images).softmax(dim=1)
+        probabilities = self._network.logits(engine, images).softmax(dim=1)
         if self.tta == "flip":
-            mirrored = self._logits(engine, images.flip(-1)).softmax(dim=1)
+            mirrored = self._network.logits(engine, images.flip(-1)).softmax(dim=1)
             probabilities = (probabilities + mirrored) / 2
         return probabilities
-
-    def _logits(self, engine: Engine | None, images: Tensor) -> Tensor:
-        # One at a time: engines keep buffers, and another thread would put the model back into
-        # the mode that it was in while this one runs it.
-        with self._lock:
-            if engine is not None:
-                return engine(images).float().cpu()
-            with evaluating(self.model), torch.no_grad():
-                logits: Tensor = self.model(images.to(self.device))
-            return logits.float().cpu()
-
-    def _engine_for(self, total: int | None) -> Engine | None:
-        """Return the engine for so many pictures; None runs the model as it is."""
-        few = total is not None and total <= MIN_WORTH_CHOOSING
-        if self._engine is None and self._asked == "auto" and self.precision == "fp32" and few:
-            return None
-        return self._chosen()[1]
-
-    def _chosen(self) -> tuple[EngineName, Engine]:
-        with self._lock:
-            if self._engine is None and self._asked == "auto":
-                name, engine, self.engine_report = choose_engine(
-                    self.model, precision=self.precision, device=self.device
-                )
-                self._engine = name, engine
-            elif self._engine is None:
-                named: EngineName = self._asked  # type: ignore[assignment]
-                self._engine = (
-                    named,
-                    make_named_engine(
-                        self.model, named, precision=self.precision, device=self.device
-                    ),
-                )
-            return self._engine
-
-    def _choose_batch_size(self, engine: Engine | None, total: int | None) -> int:
-        spec = self.preprocess
-        shape = (spec.num_channels, spec.crop_size, spec.crop_size)
-        if engine is None:
-            return DEFAULT_BATCH_SIZE
-        with self._lock:  # Trying sizes runs the engine.
-            return choose_batch_size(engine, shape, num_images=total or 0, device=self.device)
 
     def _check_top_k(self, top_k: int | None) -> int:
         if top_k is None:
