@@ -27,6 +27,9 @@ from transferkit.models.modes import evaluating
 EngineChoice: TypeAlias = Literal["auto", "pytorch", "openvino", "onnxruntime"]
 InferencePrecision: TypeAlias = Literal["fp32", "bf16"]
 
+MAX_LANES = 16
+"""At most so many batches go through an engine at a time."""
+
 _PRECISIONS: dict[str, EnginePrecision] = {"fp32": "float32", "bf16": "bfloat16"}
 _NUM_RUNS = 2
 
@@ -66,7 +69,14 @@ def make_named_engine(
     model: Classifier, name: EngineName, *, precision: InferencePrecision, device: torch.device
 ) -> Engine:
     """Make the engine of a name, with the weights that the model has now."""
-    return make_engine(model, engine=name, precision=_PRECISIONS[precision], device=device)
+    # What runs in one thread each never waits for another one that has to give way to readers.
+    return make_engine(
+        model,
+        engine=name,
+        precision=_PRECISIONS[precision],
+        device=device,
+        num_lanes=min(torch.get_num_threads(), MAX_LANES),
+    )
 
 
 def choose_engine(

@@ -21,6 +21,7 @@ from transferkit.models.engines import (
     Engine,
     EngineName,
     choose_batch_size,
+    count_lanes,
 )
 from transferkit.models.modes import evaluating
 
@@ -127,6 +128,8 @@ class Network:
         Returns:
             float32 `(N, num_classes)`, on the CPU.
         """
+        if engine is not None and count_lanes(engine) > 1:
+            return engine(images)
         # One at a time: engines keep buffers, and another thread would put the model back into
         # the mode that it was in while this one runs it.
         with self._lock:

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import Literal, overload
 
 import torch
@@ -19,7 +20,7 @@ from transferkit._checks import check_choice, check_flag, check_integer, check_n
 from transferkit._device import resolve_device
 from transferkit.artifacts import load_artifact
 from transferkit.data.loader import num_cores, resolve_num_workers
-from transferkit.errors import ConfigError, ImageError
+from transferkit.errors import ConfigError
 from transferkit.images import ImageSource, Preprocess
 from transferkit.inference.doors import find_sources, hold_source, to_source
 from transferkit.inference.engine_choice import (
@@ -28,11 +29,12 @@ from transferkit.inference.engine_choice import (
     InferencePrecision,
     check_choice_of_engine,
 )
+from transferkit.inference.lanes import run_in_lanes
 from transferkit.inference.network import MIN_WORTH_CHOOSING, Network
-from transferkit.inference.pipeline import Batch, Broken, read_ahead
+from transferkit.inference.pipeline import Batch, make_batches, read_ahead
 from transferkit.inference.prediction import ClassProbability, Failure, Prediction
 from transferkit.models import BackboneSpec, Classifier
-from transferkit.models.engines import Engine, EngineName
+from transferkit.models.engines import Engine, EngineName, count_lanes
 
 DEFAULT_TOP_K = 5
 
@@ -331,7 +333,7 @@ class Predictor:
         on_error: str,
     ) -> Iterator[Prediction | Failure]:
         spec = self.preprocess
-        transform = spec.eval()
+        transform = spec.eval(normalize=False)
 
         def read(source: ImageSource) -> Tensor:
             return transform(spec.decode(to_source(source, spec.num_channels)))
@@ -345,33 +347,33 @@ class Predictor:
             num_workers=num_workers,
             num_ahead=2 * size,
         )
-        batch = Batch(on_error)
+        is_one = total is not None and total <= size
         with closing(pairs):  # type: ignore[type-var]
-            for source, found in pairs:
-                if isinstance(found, (Broken, ImageError)) and batch.ends_at(found):
-                    # Its turn comes after the good ones before it.
-                    yield from self._run(engine, batch, k)
-                    raise found.error if isinstance(found, Broken) else found
-                batch.add(source, found)
-                if batch.num_images == size or len(batch) >= 4 * size:
-                    yield from self._run(engine, batch, k)
-                    batch = Batch(on_error)
-            yield from self._run(engine, batch, k)
+            found = run_in_lanes(
+                make_batches(pairs, size, on_error),
+                lambda batch: self._run(engine, batch, k),
+                num_lanes=1 if is_one else count_lanes(engine),
+            )
+            with closing(found):  # type: ignore[type-var]
+                for predictions in found:
+                    yield from predictions
 
-    def _run(self, engine: Engine | None, batch: Batch, k: int) -> Iterator[Prediction | Failure]:
-        """Yield what becomes of the pictures of a batch."""
+    def _run(self, engine: Engine | None, batch: Batch, k: int) -> list[Prediction | Failure]:
+        """Return what becomes of the pictures of a batch."""
         ranked: Iterator[tuple[ClassProbability, ...]] = iter(())
         if batch.num_images:
             # For the batch alone: whoever takes the predictions may do so for hours.
             with buffers_kept():
-                ranked = self._rank(self._probabilities(engine, batch.stack()), k)
-        for path, failure in batch.rows():
-            if failure is not None:
-                yield failure
-                continue
-            top_k = next(ranked)
-            abstains = self.threshold is not None and top_k[0].probability < self.threshold
-            yield Prediction(top_k, path, abstains)
+                images = self.preprocess.normalize(batch.stack())
+                ranked = self._rank(self._probabilities(engine, images), k)
+        return [
+            self._predict(next(ranked), path) if failure is None else failure
+            for path, failure in batch.rows()
+        ]
+
+    def _predict(self, top_k: tuple[ClassProbability, ...], path: Path | None) -> Prediction:
+        abstains = self.threshold is not None and top_k[0].probability < self.threshold
+        return Prediction(top_k, path, abstains)
 
     def _rank(self, probabilities: Tensor, k: int) -> Iterator[tuple[ClassProbability, ...]]:
         values, indices = probabilities.sort(dim=1, descending=True, stable=True)
