@@ -20,7 +20,8 @@ from transferkit._allocator import buffers_kept
 from transferkit.data.loader import num_cores
 from transferkit.data.workers import start_threads
 from transferkit.inference.engine_choice import make_named_engine
-from transferkit.models.engines import choose_batch_size
+from transferkit.inference.lanes import run_in_lanes
+from transferkit.models.engines import choose_batch_size, count_lanes
 
 Task: TypeAlias = "Mapping[str, Any]"
 Label: TypeAlias = "Callable[[Sequence[str]], list[str]]"
@@ -81,10 +82,11 @@ def make_engine_alone(task: Task, *, engine: Any, precision: Any) -> Label:
         if not batches:
             images = read_images(preprocess, paths)
             starts = range(0, len(images), size)
-            batches.extend(torch.stack(images[start : start + size]) for start in starts)
+            parts = (torch.stack(images[start : start + size]) for start in starts)
+            batches.extend(each.contiguous(memory_format=torch.channels_last) for each in parts)
         with buffers_kept():
-            found = [index for batch in batches for index in run(batch).argmax(1).tolist()]
-        return [predictor.class_names[index] for index in found]
+            outputs = list(run_in_lanes(iter(batches), run, num_lanes=count_lanes(run)))
+        return [predictor.class_names[index] for index in torch.cat(outputs).argmax(1).tolist()]
 
     return label
 

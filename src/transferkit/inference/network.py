@@ -1,4 +1,4 @@
-"""What runs the network of a predictor: the model itself, or an engine, one thread at a time."""
+"""What runs the network of a predictor: the model itself, or an engine in its lanes."""
 
 from __future__ import annotations
 
@@ -136,5 +136,5 @@ class Network:
             if engine is not None:
                 return engine(images).float().cpu()
             with evaluating(self.model), torch.no_grad():
-                logits: Tensor = self.model(images.to(self.device))
+                logits: Tensor = self.model(images.to(self.device).contiguous())
             return logits.float().cpu()

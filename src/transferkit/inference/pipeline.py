@@ -156,8 +156,8 @@ class Batch:
             self._rows.append((path, Failure(str(found), path)))
 
     def stack(self) -> Tensor:
-        """Return the pixels `(N, C, H, W)`."""
-        return torch.stack(self._images)
+        """Return the pixels `(N, C, H, W)`, the channels last in memory as decoders give them."""
+        return torch.stack([each.movedim(0, -1) for each in self._images]).movedim(-1, 1)
 
     def rows(self) -> Iterator[tuple[Path | None, Failure | None]]:
         """Yield the path of each picture, and why it failed, if it did."""
