@@ -33,7 +33,7 @@ def test_views_hold_the_evaluation_view(pixels: torch.Tensor, mode: Any) -> None
     plain = spec.eval()(pixels)
 
     def views(tta: TTA | None) -> list[torch.Tensor]:
-        stacked = make_transform(spec, tta)(pixels)[None]
+        stacked = spec.normalize(make_transform(spec, tta)(pixels)[None])
         return [each[0] for each in split_views(stacked, tta)]
 
     (only,) = views(None)
@@ -73,7 +73,7 @@ def test_predictions_are_the_mean_over_the_views(
     model: Classifier, pixels: torch.Tensor, tta: Any, number: int
 ) -> None:
     model.eval()
-    views = split_views(make_transform(WIDE, tta)(pixels)[None], tta)
+    views = split_views(WIDE.normalize(make_transform(WIDE, tta)(pixels)[None]), tta)
     with torch.no_grad():
         expected = torch.cat([model(view).softmax(dim=1) for view in views]).mean(dim=0)
     predictor = Predictor(model, class_names=NAMES, device="cpu", tta=tta)

@@ -12,6 +12,7 @@ from torch import Tensor
 from transferkit._checks import check_choice
 from transferkit._seeding import generator_for
 from transferkit.errors import BackboneError
+from transferkit.inference.lanes import run_in_lanes
 from transferkit.models import Classifier
 from transferkit.models.conversion import TOLERANCES, relative_difference
 from transferkit.models.engines import (
@@ -19,6 +20,7 @@ from transferkit.models.engines import (
     EngineName,
     check_engine,
     choose_batch_size,
+    count_lanes,
     make_engine,
 )
 from transferkit.models.engines import Precision as EnginePrecision
@@ -26,6 +28,9 @@ from transferkit.models.modes import evaluating
 
 EngineChoice: TypeAlias = Literal["auto", "pytorch", "openvino", "onnxruntime"]
 InferencePrecision: TypeAlias = Literal["fp32", "bf16"]
+
+MAX_LANES = 16
+"""At most so many batches go through an engine at a time."""
 
 _PRECISIONS: dict[str, EnginePrecision] = {"fp32": "float32", "bf16": "bfloat16"}
 _NUM_RUNS = 2
@@ -66,7 +71,14 @@ def make_named_engine(
     model: Classifier, name: EngineName, *, precision: InferencePrecision, device: torch.device
 ) -> Engine:
     """Make the engine of a name, with the weights that the model has now."""
-    return make_engine(model, engine=name, precision=_PRECISIONS[precision], device=device)
+    # What runs in one thread each never waits for another one that has to give way to readers.
+    return make_engine(
+        model,
+        engine=name,
+        precision=_PRECISIONS[precision],
+        device=device,
+        num_lanes=min(torch.get_num_threads(), MAX_LANES),
+    )
 
 
 def choose_engine(
@@ -125,7 +137,7 @@ def _try_engine(
         if name == "pytorch":
             raise
         return EngineTrial(name, reason=str(error)), None
-    return EngineTrial(name, size / seconds, difference), engine
+    return EngineTrial(name, count_lanes(engine) * size / seconds, difference), engine
 
 
 @torch.no_grad()
@@ -137,6 +149,9 @@ def _reference(model: Classifier, images: Tensor) -> Tensor:
 
 
 def _seconds(engine: Engine, images: Tensor) -> float:
+    """Return how long a batch takes in each lane, all of them at work."""
+    num_lanes = count_lanes(engine)
     started = time.perf_counter()
-    engine(images).cpu()  # A device has computed what lies on the CPU.
+    for outputs in run_in_lanes(iter([images] * num_lanes), engine, num_lanes=num_lanes):
+        outputs.cpu()  # A device has computed what lies on the CPU.
     return time.perf_counter() - started

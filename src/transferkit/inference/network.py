@@ -1,4 +1,4 @@
-"""What runs the network of a predictor: the model itself, or an engine, one thread at a time."""
+"""What runs the network of a predictor: the model itself, or an engine in its lanes."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from transferkit.models.engines import (
     Engine,
     EngineName,
     choose_batch_size,
+    count_lanes,
 )
 from transferkit.models.modes import evaluating
 
@@ -127,11 +128,13 @@ class Network:
         Returns:
             float32 `(N, num_classes)`, on the CPU.
         """
+        if engine is not None and count_lanes(engine) > 1:
+            return engine(images)
         # One at a time: engines keep buffers, and another thread would put the model back into
         # the mode that it was in while this one runs it.
         with self._lock:
             if engine is not None:
                 return engine(images).float().cpu()
             with evaluating(self.model), torch.no_grad():
-                logits: Tensor = self.model(images.to(self.device))
+                logits: Tensor = self.model(images.to(self.device).contiguous())
             return logits.float().cpu()

@@ -50,8 +50,8 @@ DEFAULT_TOP_K = 5
 class Predictor:
     """Predict the classes of pictures, with the preprocessing that the model was trained with.
 
-    Several threads may predict with one predictor at a time; the network runs for one of them
-    after the other.
+    Several threads may predict with one predictor at a time. OpenVINO and ONNX Runtime compute
+    for as many of them as there are cores; PyTorch for one after the other.
 
     Args:
         model: The classifier. It is moved to `device` and stays in the mode that it is in;
@@ -300,7 +300,7 @@ class Predictor:
     ) -> Iterator[Prediction] | Iterator[Prediction | Failure]:
         """Predict the classes of many pictures, in their order.
 
-        Threads read pictures while the network runs, never more than two batches ahead, so
+        Threads read pictures while the network runs, never more than some batches ahead, so
         that an endless iterable takes no more memory than a short one. They end with the
         iterator that is returned, also where it is closed before its end.
 

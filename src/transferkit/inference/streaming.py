@@ -14,13 +14,13 @@ from tqdm import tqdm
 from transferkit._allocator import buffers_kept
 from transferkit._checks import check_choice, check_flag, check_integer
 from transferkit.data.loader import num_cores, resolve_num_workers
-from transferkit.errors import ImageError
 from transferkit.images import ImageSource, Preprocess, Transform
 from transferkit.inference.doors import find_sources, hold_source, to_source
+from transferkit.inference.lanes import run_in_lanes
 from transferkit.inference.network import Network
-from transferkit.inference.pipeline import Batch, Broken, read_ahead
+from transferkit.inference.pipeline import Batch, make_batches, read_ahead
 from transferkit.inference.prediction import Failure
-from transferkit.models.engines import Engine
+from transferkit.models.engines import Engine, count_lanes
 
 _MAX_WORKERS = 16
 _FEW = 8
@@ -37,9 +37,9 @@ class Work(Generic[Row, Found]):
     Args:
         network: What runs them.
         preprocess: How they are decoded.
-        transform: What is made of their pixels in the threads that read.
-        compute: Makes of the engine and of a batch, what `transform` gave stacked, a row for
-            each picture.
+        transform: What is made of their pixels in the threads that read, uint8.
+        compute: Makes of the engine and of a batch, what `transform` gave stacked and
+            normalised, a row for each picture.
         make: Makes the result of a picture of its row and its path, if it has one.
     """
 
@@ -53,6 +53,19 @@ class Work(Generic[Row, Found]):
         """Make of a picture what is stacked to batches."""
         spec = self.preprocess
         return self.transform(spec.decode(to_source(source, spec.num_channels)))
+
+    def finish(self, engine: Engine | None, batch: Batch) -> list[Found | Failure]:
+        """Return what becomes of the pictures of a batch."""
+        rows: Iterator[Row] = iter(())
+        if batch.num_images:
+            # For the batch alone: whoever takes the results may do so for hours.
+            with buffers_kept():
+                images = self.preprocess.normalize(batch.stack())
+                rows = iter(self.compute(engine, images))
+        return [
+            self.make(next(rows), path) if failure is None else failure
+            for path, failure in batch.rows()
+        ]
 
 
 def run_many(
@@ -110,31 +123,16 @@ def _run(
         num_workers=num_workers,
         num_ahead=2 * size,
     )
-    batch = Batch(on_error)
+    is_one = total is not None and total <= size
     with closing(pairs):  # type: ignore[type-var]
-        for source, found in pairs:
-            if isinstance(found, (Broken, ImageError)) and batch.ends_at(found):
-                # Its turn comes after the good ones before it.
-                yield from _finish(work, engine, batch)
-                raise found.error if isinstance(found, Broken) else found
-            batch.add(source, found)
-            if batch.num_images == size or len(batch) >= 4 * size:
-                yield from _finish(work, engine, batch)
-                batch = Batch(on_error)
-        yield from _finish(work, engine, batch)
-
-
-def _finish(
-    work: Work[Row, Found], engine: Engine | None, batch: Batch
-) -> Iterator[Found | Failure]:
-    """Yield what becomes of the pictures of a batch."""
-    rows: Iterator[Row] = iter(())
-    if batch.num_images:
-        # For the batch alone: whoever takes the results may do so for hours.
-        with buffers_kept():
-            rows = iter(work.compute(engine, batch.stack()))
-    for path, failure in batch.rows():
-        yield work.make(next(rows), path) if failure is None else failure
+        found = run_in_lanes(
+            make_batches(pairs, size, on_error),
+            lambda batch: work.finish(engine, batch),
+            num_lanes=1 if is_one else count_lanes(engine),
+        )
+        with closing(found):  # type: ignore[type-var]
+            for results in found:
+                yield from results
 
 
 def _shown(

@@ -41,7 +41,7 @@ def make_transform(preprocess: Preprocess, tta: TTA | None) -> Transform:
         tta: Which.
 
     Returns:
-        A callable from uint8 `(C, H, W)` to float32 `(C, crop_size, crop_size)`, the view that
+        A callable from uint8 `(C, H, W)` to uint8 `(C, crop_size, crop_size)`, the view that
         evaluation sees; for "five_crop" to `(5, C, crop_size, crop_size)`, the corners of the
         resized picture and its centre, which is that view.
 
@@ -52,19 +52,19 @@ def make_transform(preprocess: Preprocess, tta: TTA | None) -> Transform:
     """
     if tta == "five_crop":
         return partial(_five_crops, preprocess)
-    return preprocess.eval()
+    return preprocess.eval(normalize=False)
 
 
 def _five_crops(spec: Preprocess, pixels: Tensor) -> Tensor:
-    crops = five_crop(spec.resize(pixels), [spec.crop_size, spec.crop_size])
-    return spec.normalize(torch.stack(crops))
+    return torch.stack(five_crop(spec.resize(pixels), [spec.crop_size, spec.crop_size]))
 
 
 def split_views(images: Tensor, tta: TTA | None) -> list[Tensor]:
     """Return the views of some pictures, each as a batch for the network.
 
     Args:
-        images: What the transform gave, stacked: `(N, C, H, W)`, or `(N, 5, C, H, W)`.
+        images: What the transform gave, stacked and normalised: float32 `(N, C, H, W)`, or
+            `(N, 5, C, H, W)`.
         tta: The test-time augmentation of that transform.
 
     Returns:

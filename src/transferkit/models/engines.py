@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transferkit._checks import check_choice
 from transferkit._seeding import generator_for
 from transferkit.errors import ConfigError
+from transferkit.models.conversion import ConvertedEngine
 from transferkit.models.engine_facts import (
     describe_float32,
     describe_processor,
@@ -64,6 +65,7 @@ def make_engine(
     engine: EngineName = "pytorch",
     precision: Precision = "float32",
     device: torch.device,
+    num_lanes: int = 1,
 ) -> Engine:
     """Make an engine that runs a network with the weights that it has now.
 
@@ -75,6 +77,8 @@ def make_engine(
         precision: What is computed in: "float32", or "bfloat16" where the processor has it;
             "onnxruntime" computes in float32 alone.
         device: Where it runs.
+        num_lanes: How many threads will call it at a time; "openvino" and "onnxruntime" compute
+            for so many side by side, each on its share of the cores.
 
     Returns:
         The engine.
@@ -91,10 +95,15 @@ def make_engine(
     """
     check_engine(engine, precision, device)
     if engine == "openvino":
-        return OpenVINOEngine(prefix, precision=precision)
+        return OpenVINOEngine(prefix, precision=precision, num_lanes=num_lanes)
     if engine == "onnxruntime":
-        return ONNXRuntimeEngine(prefix)
+        return ONNXRuntimeEngine(prefix, num_lanes=num_lanes)
     return PyTorchEngine(prefix, precision=precision, device=device)
+
+
+def count_lanes(engine: Engine | None) -> int:
+    """Return how many threads may call an engine at a time; 1 for the model as it is."""
+    return engine.num_lanes if isinstance(engine, ConvertedEngine) else 1
 
 
 def check_engine(engine: EngineName, precision: Precision, device: torch.device) -> None:
