@@ -344,7 +344,13 @@ def test_a_journal_of_another_run(
         predict_to_file(watched, pictures, out, resume=True, top_k=2)
     module = "transferkit.inference.network.check_choice_of_engine"
     monkeypatch.setattr(module, lambda *_: None)  # This machine may have no bfloat16.
-    others = {"engine_name": "openvino", "precision": "bf16", "threshold": 0.5, "tta": "flip"}
+    others = {
+        "engine_name": "openvino",
+        "precision": "bf16",
+        "threshold": 0.5,
+        "temperature": 2.0,
+        "tta": "flip",
+    }
     for name, value in others.items():
         found = getattr(watched, name)
         with monkeypatch.context() as patch:

@@ -118,7 +118,7 @@ class Network:
         with self._lock:  # Trying sizes runs the engine.
             return choose_batch_size(engine, shape, num_images=total or 0, device=self.device)
 
-    def logits(self, engine: Engine | None, images: Tensor) -> Tensor:
+    def run(self, engine: Engine | None, images: Tensor) -> Tensor:
         """Return the logits of images.
 
         Args:

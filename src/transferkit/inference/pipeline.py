@@ -156,8 +156,8 @@ class Batch:
             self._rows.append((path, Failure(str(found), path)))
 
     def stack(self) -> Tensor:
-        """Return the pixels `(N, C, H, W)`, the channels last in memory as decoders give them."""
-        return torch.stack([each.movedim(0, -1) for each in self._images]).movedim(-1, 1)
+        """Return the pixels `(N, ..., C, H, W)`, the channels last in memory, as decoders do."""
+        return torch.stack([each.movedim(-3, -1) for each in self._images]).movedim(-1, -3)
 
     def rows(self) -> Iterator[tuple[Path | None, Failure | None]]:
         """Yield the path of each picture, and why it failed, if it did."""

@@ -14,7 +14,7 @@ class ClassProbability:
     Args:
         label: The class's name.
         index: The class's index.
-        probability: Softmax of the logits, in [0, 1].
+        probability: Softmax of the logits over the temperature, in [0, 1].
     """
 
     label: str

@@ -6,41 +6,45 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Literal, overload
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from typing_extensions import Self
 
-from transferkit._allocator import buffers_kept
-from transferkit._checks import check_choice, check_flag, check_integer, check_number, check_type
+from transferkit._checks import check_integer, check_number, check_type
 from transferkit._device import resolve_device
 from transferkit.artifacts import load_artifact
-from transferkit.data.loader import num_cores, resolve_num_workers
+from transferkit.data import ImageDataset
 from transferkit.errors import ConfigError
 from transferkit.images import ImageSource, Preprocess
-from transferkit.inference.doors import find_sources, hold_source, to_source
+from transferkit.inference.abstention import (
+    AbstentionReport,
+    calibrate_abstention,
+    check_calibration,
+)
+from transferkit.inference.doors import PicturesOf
 from transferkit.inference.engine_choice import (
     EngineChoice,
     EngineTrial,
     InferencePrecision,
     check_choice_of_engine,
 )
-from transferkit.inference.lanes import run_in_lanes
 from transferkit.inference.network import MIN_WORTH_CHOOSING, Network
-from transferkit.inference.pipeline import Batch, make_batches, read_ahead
 from transferkit.inference.prediction import ClassProbability, Failure, Prediction
+from transferkit.inference.streaming import Work, run_many
+from transferkit.inference.tta import (
+    TTA,
+    check_tta,
+    make_transform,
+    mean_probabilities,
+    split_views,
+)
 from transferkit.models import BackboneSpec, Classifier
-from transferkit.models.engines import Engine, EngineName, count_lanes
+from transferkit.models.engines import Engine, EngineName
 
 DEFAULT_TOP_K = 5
-
-_MAX_WORKERS = 16
-_FEW = 8
-"""Up to so many pictures are read without threads."""
 
 
 class Predictor:
@@ -62,12 +66,16 @@ class Predictor:
         precision: What is computed in: "fp32", or "bf16" where the processor has it.
         threshold: Predictions whose probability is lower say that they abstain, in [0, 1];
             None lets none abstain.
-        tta: "flip" takes the mean of the probabilities of the picture and its mirror image
-            (test-time augmentation), in twice the time; None takes the picture alone.
+        tta: Test-time augmentation, the mean of the probabilities of several views: "flip" takes
+            the picture and its mirror image, in twice the time; "five_crop" the corners and
+            the centre of the picture, in five times the time and memory; None takes the picture
+            alone.
+        temperature: What logits are divided by before softmax, in [0.001, 1000]. More than 1
+            makes the model less sure of itself; the labels stay. `calibrate` finds one.
 
     Raises:
         ConfigError: The class names do not fit the model, the device or the engine is not
-            there, or `threshold` is out of range.
+            there, `threshold` or `temperature` is out of range, or `tta` does not fit the model.
         MissingDependencyError: What the engine needs is not installed.
 
     Example:
@@ -93,7 +101,8 @@ class Predictor:
         engine: EngineChoice = "auto",
         precision: InferencePrecision = "fp32",
         threshold: float | None = None,
-        tta: Literal["flip"] | None = None,
+        tta: TTA | None = None,
+        temperature: float = 1.0,
     ) -> None:
         check_type("model", model, Classifier, "a Classifier, as `build_model` makes one")
         self.class_names: tuple[str, ...] = tuple(class_names)
@@ -103,14 +112,16 @@ class Predictor:
                 f"classes, found {len(self.class_names)}."
             )
         place = resolve_device(device)
-        if tta not in (None, "flip"):
-            raise ConfigError(f'`tta` should be "flip" or None, found {tta!r}.')
+        tta = check_tta(tta, model.preprocess)
         if threshold is not None:
             threshold = check_number(
                 "threshold", threshold, lambda value: 0 <= value <= 1, "in [0, 1]"
             )
         self.threshold: float | None = threshold
-        self.tta: Literal["flip"] | None = tta
+        self.temperature: float = check_number(
+            "temperature", temperature, lambda value: 1e-3 <= value <= 1e3, "in [0.001, 1000]"
+        )
+        self.tta: TTA | None = tta
         self._network = Network(model, device=place, engine=engine, precision=precision)
 
     @classmethod
@@ -125,7 +136,8 @@ class Predictor:
         engine: EngineChoice = "auto",
         precision: InferencePrecision = "fp32",
         threshold: float | None = None,
-        tta: Literal["flip"] | None = None,
+        tta: TTA | None = None,
+        temperature: float = 1.0,
     ) -> Self:
         """Load a predictor from an artifact; no network, no code from the file.
 
@@ -140,6 +152,7 @@ class Predictor:
             precision: What is computed in.
             threshold: Below which probability predictions abstain.
             tta: Test-time augmentation.
+            temperature: What logits are divided by.
 
         Returns:
             The predictor.
@@ -160,6 +173,7 @@ class Predictor:
             precision=precision,
             threshold=threshold,
             tta=tta,
+            temperature=temperature,
         )
 
     @property
@@ -312,70 +326,89 @@ class Predictor:
             ConfigError: An argument is out of range.
         """
         k = self._check_top_k(top_k)
-        if batch_size != "auto":
-            batch_size = check_integer("batch_size", batch_size, minimum=1)
-        check_choice("on_error", on_error, ("raise", "record", "skip"))
-        sources, total = find_sources(images)
-        count = resolve_num_workers(num_workers, num_images=0)
-        if num_workers == "auto" and (total is None or total > _FEW):
-            count = min(num_cores(), _MAX_WORKERS)
-        bar_off = None if check_flag("progress", progress) else True
-        found = self._predict_all(sources, total, k, batch_size, count, on_error)
-        return _shown(found, total, bar_off)
-
-    def _predict_all(
-        self,
-        sources: Iterator[ImageSource],
-        total: int | None,
-        k: int,
-        batch_size: int | Literal["auto"],
-        num_workers: int,
-        on_error: str,
-    ) -> Iterator[Prediction | Failure]:
-        spec = self.preprocess
-        transform = spec.eval(normalize=False)
-
-        def read(source: ImageSource) -> Tensor:
-            return transform(spec.decode(to_source(source, spec.num_channels)))
-
-        engine = self._network.engine_for(total)
-        size = self._network.batch_size_for(engine, total) if batch_size == "auto" else batch_size
-        pairs = read_ahead(
-            sources,
-            read,
-            hold=lambda source: hold_source(source, spec),
-            num_workers=num_workers,
-            num_ahead=2 * size,
+        work = Work(
+            self._network,
+            self.preprocess,
+            make_transform(self.preprocess, self.tta),
+            lambda engine, batch: self._rank(self._logits(engine, batch), k),
+            self._to_prediction,
         )
-        is_one = total is not None and total <= size
-        with closing(pairs):  # type: ignore[type-var]
-            found = run_in_lanes(
-                make_batches(pairs, size, on_error),
-                lambda batch: self._run(engine, batch, k),
-                num_lanes=1 if is_one else count_lanes(engine),
-            )
-            with closing(found):  # type: ignore[type-var]
-                for predictions in found:
-                    yield from predictions
+        return run_many(
+            work,
+            images,
+            batch_size=batch_size,
+            on_error=on_error,
+            num_workers=num_workers,
+            progress=progress,
+        )
 
-    def _run(self, engine: Engine | None, batch: Batch, k: int) -> list[Prediction | Failure]:
-        """Return what becomes of the pictures of a batch."""
-        ranked: Iterator[tuple[ClassProbability, ...]] = iter(())
-        if batch.num_images:
-            # For the batch alone: whoever takes the predictions may do so for hours.
-            with buffers_kept():
-                images = self.preprocess.normalize(batch.stack())
-                ranked = self._rank(self._probabilities(engine, images), k)
-        return [
-            self._predict(next(ranked), path) if failure is None else failure
-            for path, failure in batch.rows()
-        ]
+    def calibrate(
+        self,
+        data: ImageDataset,
+        *,
+        target_accuracy: float = 0.95,
+        confidence: float = 0.95,
+        batch_size: int | Literal["auto"] = "auto",
+        num_workers: int | Literal["auto"] = "auto",
+        progress: bool = False,
+    ) -> AbstentionReport:
+        """Choose temperature and threshold, so that the answers keep an accuracy.
 
-    def _predict(self, top_k: tuple[ClassProbability, ...], path: Path | None) -> Prediction:
-        abstains = self.threshold is not None and top_k[0].probability < self.threshold
-        return Prediction(top_k, path, abstains)
+        Sets `temperature` and `threshold` of this predictor, in whose place other threads should
+        not predict meanwhile; where it fails, both stay as they were. To use them again without
+        the pictures, give them to `load`. Where new pictures are drawn as these were, the
+        answers that are not abstained from have at least `target_accuracy`, unless these were
+        drawn by a chance of less than 1 - `confidence`. It promises nothing for other pictures:
+        another camera, another season, another class.
 
-    def _rank(self, probabilities: Tensor, k: int) -> Iterator[tuple[ClassProbability, ...]]:
+        Args:
+            data: Pictures with labels that the model was not trained on, such as `splits.test`,
+                or `splits.val`, by which no more than the best epoch was chosen. Half of them
+                give the temperature, half test the threshold.
+            target_accuracy: The accuracy among the answers, in (0, 1).
+            confidence: In (0, 1).
+            batch_size: As for `predict_many`.
+            num_workers: Likewise.
+            progress: Likewise.
+
+        Returns:
+            What was set, and the share of pictures that have an answer.
+
+        Raises:
+            ConfigError: An argument is out of range.
+            DataError: `data` has other classes than the model, or no threshold is sure to keep
+                the accuracy.
+            ImageError: A picture cannot be read.
+        """
+        targets = check_calibration(data, self.class_names, target_accuracy, confidence)
+        work: Work[Tensor, Tensor] = Work(
+            self._network,
+            self.preprocess,
+            make_transform(self.preprocess, self.tta),
+            lambda engine, batch: torch.stack(self._logits(engine, batch), dim=1),
+            lambda row, _: row,
+        )
+        rows = run_many(
+            work,
+            PicturesOf(data),
+            batch_size=batch_size,
+            on_error="raise",
+            num_workers=num_workers,
+            progress=progress,
+        )
+        logits = torch.stack([each for each in rows if isinstance(each, Tensor)])
+        report = calibrate_abstention(
+            logits.unbind(1), targets, target_accuracy=target_accuracy, confidence=confidence
+        )
+        self.temperature, self.threshold = report.temperature, report.threshold
+        return report
+
+    def _logits(self, engine: Engine | None, images: Tensor) -> list[Tensor]:
+        """Return the logits `(N, C)` of each view, on the CPU."""
+        return [self._network.run(engine, view) for view in split_views(images, self.tta)]
+
+    def _rank(self, views: list[Tensor], k: int) -> Iterator[tuple[ClassProbability, ...]]:
+        probabilities = mean_probabilities(views, self.temperature)
         values, indices = probabilities.sort(dim=1, descending=True, stable=True)
         for row, order in zip(values[:, :k].tolist(), indices[:, :k].tolist(), strict=True):
             yield tuple(
@@ -383,13 +416,9 @@ class Predictor:
                 for index, probability in zip(order, row, strict=True)
             )
 
-    def _probabilities(self, engine: Engine | None, images: Tensor) -> Tensor:
-        """Return probabilities `(N, C)` on the CPU."""
-        probabilities = self._network.logits(engine, images).softmax(dim=1)
-        if self.tta == "flip":
-            mirrored = self._network.logits(engine, images.flip(-1)).softmax(dim=1)
-            probabilities = (probabilities + mirrored) / 2
-        return probabilities
+    def _to_prediction(self, top_k: tuple[ClassProbability, ...], path: Path | None) -> Prediction:
+        abstains = self.threshold is not None and top_k[0].probability < self.threshold
+        return Prediction(top_k, path, abstains)
 
     def _check_top_k(self, top_k: int | None) -> int:
         if top_k is None:
@@ -401,14 +430,3 @@ class Predictor:
                 f"found {top_k}."
             )
         return top_k
-
-
-def _shown(
-    found: Iterator[Prediction | Failure], total: int | None, is_off: bool | None
-) -> Iterator[Prediction | Failure]:
-    """Pass results on, and count them on a bar."""
-    bar = tqdm(total=total, unit="picture", disable=is_off)
-    with bar, closing(found):  # type: ignore[type-var]
-        for each in found:
-            bar.update()
-            yield each
