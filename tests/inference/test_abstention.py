@@ -135,7 +135,7 @@ def test_an_accuracy_out_of_reach() -> None:
     logits, targets = torch.eye(2).repeat(20, 1) * 3, torch.tensor([0, 1] * 20)
     message = (
         "No threshold is sure to keep an accuracy of 0.99 with a confidence of 0.95: tested on 20 "
-        "pictures, the best one keeps 0.861. Ask for less, or give more pictures, at least 598, "
+        "pictures, the best one keeps 0.860. Ask for less, or give more pictures, at least 598, "
         "and more where some are answered wrong."
     )
     with pytest.raises(DataError, match=f"^{re.escape(message)}$"):

@@ -188,8 +188,8 @@ def test_top_k_that_counts_nothing(predictor: Predictor, top_k: Any) -> None:
 )
 def test_one_picture_is_not_many(predictor: Predictor, one: Any) -> None:
     message = (
-        f"`predict_many` takes a folder, a glob pattern or an iterable of pictures, found "
-        f"{type(one).__name__}. For one picture call `predict`; of a table pass the column."
+        f"`images` should be a folder, a glob pattern or an iterable of pictures, found "
+        f"{type(one).__name__}. Put one picture into a list; of a table pass the column."
     )
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         predictor.predict_many(one)

@@ -162,10 +162,11 @@ def calibrate_abstention(
 
 
 def _explain(bound: float, count: int, target_accuracy: float, confidence: float) -> str:
+    shown = math.floor(1000 * bound) / 1000  # Never as much as what it does not reach.
     needed = math.ceil(math.log1p(-confidence) / math.log(target_accuracy))
     return (
         f"No threshold is sure to keep an accuracy of {target_accuracy:g} with a confidence of "
-        f"{confidence:g}: tested on {count} pictures, the best one keeps {bound:.3f}. Ask for "
+        f"{confidence:g}: tested on {count} pictures, the best one keeps {shown:.3f}. Ask for "
         f"less, or give more pictures, at least {2 * needed}, and more where some are answered "
         f"wrong."
     )

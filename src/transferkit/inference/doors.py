@@ -43,8 +43,8 @@ def find_sources(images: Any) -> tuple[Iterator[ImageSource], int | None]:
     single = isinstance(images, (bytes, bytearray, memoryview, Tensor, np.ndarray, Image.Image))
     if single or others or not isinstance(images, Iterable):
         raise ConfigError(
-            f"`predict_many` takes a folder, a glob pattern or an iterable of pictures, found "
-            f"{type(images).__name__}. For one picture call `predict`; of a table pass the column."
+            f"`images` should be a folder, a glob pattern or an iterable of pictures, found "
+            f"{type(images).__name__}. Put one picture into a list; of a table pass the column."
         )
     return iter(images), len(images) if isinstance(images, Sized) else None
 

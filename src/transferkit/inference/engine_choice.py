@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from transferkit._checks import check_choice
 from transferkit._seeding import generator_for
 from transferkit.errors import BackboneError
+from transferkit.images import Preprocess
 from transferkit.inference.lanes import run_in_lanes
-from transferkit.models import Classifier
 from transferkit.models.conversion import TOLERANCES, relative_difference
 from transferkit.models.engines import (
     Engine,
@@ -68,12 +68,12 @@ def check_choice_of_engine(engine: str, precision: str, device: torch.device) ->
 
 
 def make_named_engine(
-    model: Classifier, name: EngineName, *, precision: InferencePrecision, device: torch.device
+    network: nn.Module, name: EngineName, *, precision: InferencePrecision, device: torch.device
 ) -> Engine:
-    """Make the engine of a name, with the weights that the model has now."""
+    """Make the engine of a name, with the weights that the network has now."""
     # What runs in one thread each never waits for another one that has to give way to readers.
     return make_engine(
-        model,
+        network,
         engine=name,
         precision=_PRECISIONS[precision],
         device=device,
@@ -82,15 +82,20 @@ def make_named_engine(
 
 
 def choose_engine(
-    model: Classifier, *, precision: InferencePrecision, device: torch.device
+    network: nn.Module,
+    preprocess: Preprocess,
+    *,
+    precision: InferencePrecision,
+    device: torch.device,
 ) -> tuple[EngineName, Engine, tuple[EngineTrial, ...]]:
     """Try all engines that are installed, and take the fastest whose logits agree.
 
-    Each runs made-up images at the model's size, in the batch that suits it, after a first
-    run that sets it up. Its logits are compared with those of the model in PyTorch in float32.
+    Each runs made-up images at the network's size, in the batch that suits it, after a first
+    run that sets it up. Its logits are compared with those of PyTorch in float32.
 
     Args:
-        model: The model; it is not changed.
+        network: The network, a classifier or what gives features; it is not changed.
+        preprocess: How images become its input.
         precision: What is computed in.
         device: Where it runs.
 
@@ -98,9 +103,11 @@ def choose_engine(
         The engine's name, the engine, and what came of each.
     """
     if device.type != "cpu":
-        engine = make_named_engine(model, "pytorch", precision=precision, device=device)
+        engine = make_named_engine(network, "pytorch", precision=precision, device=device)
         return "pytorch", engine, (EngineTrial("pytorch"),)
-    tried = {name: _try_engine(model, name, precision) for name in get_args(EngineName)}
+    tried = {
+        name: _try_engine(network, preprocess, name, precision) for name in get_args(EngineName)
+    }
     found: list[tuple[float, EngineName, Engine]] = [
         (trial.images_per_second or 0.0, name, engine)
         for name, (trial, engine) in tried.items()
@@ -114,18 +121,18 @@ def choose_engine(
 
 
 def _try_engine(
-    model: Classifier, name: EngineName, precision: InferencePrecision
+    network: nn.Module, preprocess: Preprocess, name: EngineName, precision: InferencePrecision
 ) -> tuple[EngineTrial, Engine | None]:
     """Try an engine on the CPU; there is none where it cannot be taken."""
-    spec = model.preprocess
+    spec = preprocess
     shape = (spec.num_channels, spec.crop_size, spec.crop_size)
     device = torch.device("cpu")
     try:
         check_engine(name, _PRECISIONS[precision], device)
-        engine = make_named_engine(model, name, precision=precision, device=device)
+        engine = make_named_engine(network, name, precision=precision, device=device)
         size = choose_batch_size(engine, shape, num_images=0, device=device)
         images = torch.randn(size, *shape, generator=generator_for(0))
-        difference = relative_difference(engine(images), _reference(model, images))
+        difference = relative_difference(engine(images), _reference(network, images))
         allowed = TOLERANCES[_PRECISIONS[precision]]
         if not difference <= allowed:
             reason = (
@@ -141,10 +148,10 @@ def _try_engine(
 
 
 @torch.no_grad()
-def _reference(model: Classifier, images: Tensor) -> Tensor:
-    """Return the logits of the model as it is."""
-    with evaluating(model):
-        logits: Tensor = model(images)
+def _reference(network: nn.Module, images: Tensor) -> Tensor:
+    """Return the logits of the network as it is."""
+    with evaluating(network):
+        logits: Tensor = network(images)
     return logits.float()
 
 

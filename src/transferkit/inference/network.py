@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from typing_extensions import Self
 
 from transferkit.inference.engine_choice import (
     EngineChoice,
@@ -36,7 +38,7 @@ class Network:
     then. Several threads may call at a time.
 
     Args:
-        model: The classifier. It is moved to `device`.
+        model: The classifier, moved to `device`.
         device: Where it runs.
         engine: As for `Predictor`.
         precision: Likewise.
@@ -63,6 +65,16 @@ class Network:
         self._asked: EngineChoice = engine
         self._engine: tuple[EngineName, Engine] | None = None
         self._lock = threading.RLock()
+        self._part: nn.Module = model
+
+    def of_backbone(self) -> Self:
+        """Return what runs the backbone alone, asked for the same, for features in place of logits.
+
+        One of the two runs the model at a time where no more than one thread may.
+        """
+        other = copy.copy(self)
+        other._part = self.model.backbone
+        return other
 
     def prefer(self, name: EngineName) -> None:
         """Take an engine where "auto" has not chosen yet.
@@ -80,7 +92,10 @@ class Network:
         with self._lock:
             if self._engine is None and self._asked == "auto":
                 name, engine, self.report = choose_engine(
-                    self.model, precision=self.precision, device=self.device
+                    self._part,
+                    self.model.preprocess,
+                    precision=self.precision,
+                    device=self.device,
                 )
                 self._engine = name, engine
             elif self._engine is None:
@@ -88,7 +103,7 @@ class Network:
                 self._engine = (
                     named,
                     make_named_engine(
-                        self.model, named, precision=self.precision, device=self.device
+                        self._part, named, precision=self.precision, device=self.device
                     ),
                 )
             return self._engine
@@ -119,14 +134,14 @@ class Network:
             return choose_batch_size(engine, shape, num_images=total or 0, device=self.device)
 
     def run(self, engine: Engine | None, images: Tensor) -> Tensor:
-        """Return the logits of images.
+        """Return the logits of images, or their features.
 
         Args:
             engine: What `engine_for` gave.
             images: float32 `(N, C, H, W)`, preprocessed.
 
         Returns:
-            float32 `(N, num_classes)`, on the CPU.
+            float32 `(N, num_classes)` or `(N, D)`, on the CPU.
         """
         if engine is not None and count_lanes(engine) > 1:
             return engine(images)
@@ -136,5 +151,5 @@ class Network:
             if engine is not None:
                 return engine(images).float().cpu()
             with evaluating(self.model), torch.no_grad():
-                logits: Tensor = self.model(images.to(self.device).contiguous())
-            return logits.float().cpu()
+                outputs: Tensor = self._part(images.to(self.device).contiguous())
+            return outputs.float().cpu()

@@ -32,7 +32,12 @@ from transferkit.inference.engine_choice import (
     check_choice_of_engine,
 )
 from transferkit.inference.network import MIN_WORTH_CHOOSING, Network
-from transferkit.inference.prediction import ClassProbability, Failure, Prediction
+from transferkit.inference.prediction import (
+    ClassProbability,
+    Failure,
+    FeatureVector,
+    Prediction,
+)
 from transferkit.inference.streaming import Work, run_many
 from transferkit.inference.tta import (
     TTA,
@@ -123,6 +128,7 @@ class Predictor:
         )
         self.tta: TTA | None = tta
         self._network = Network(model, device=place, engine=engine, precision=precision)
+        self._backbone = self._network.of_backbone()
 
     @classmethod
     def load(
@@ -232,7 +238,8 @@ class Predictor:
             ConfigError: There is no such engine here.
             MissingDependencyError: What it needs is not installed.
         """
-        self._network.prefer(name)
+        for network in (self._network, self._backbone):
+            network.prefer(name)
 
     def expect(self, num_images: int) -> None:
         """Say how many pictures will come in all, where a call cannot tell.
@@ -342,6 +349,87 @@ class Predictor:
             progress=progress,
         )
 
+    @overload
+    def features_many(
+        self,
+        images: str | os.PathLike[str] | Iterable[ImageSource],
+        *,
+        batch_size: int | Literal["auto"] = "auto",
+        on_error: Literal["raise", "skip"] = "raise",
+        num_workers: int | Literal["auto"] = "auto",
+        progress: bool = False,
+    ) -> Iterator[FeatureVector]: ...
+    @overload
+    def features_many(
+        self,
+        images: str | os.PathLike[str] | Iterable[ImageSource],
+        *,
+        batch_size: int | Literal["auto"] = "auto",
+        on_error: Literal["record"],
+        num_workers: int | Literal["auto"] = "auto",
+        progress: bool = False,
+    ) -> Iterator[FeatureVector | Failure]: ...
+
+    def features_many(
+        self,
+        images: str | os.PathLike[str] | Iterable[ImageSource],
+        *,
+        batch_size: int | Literal["auto"] = "auto",
+        on_error: Literal["raise", "skip", "record"] = "raise",
+        num_workers: int | Literal["auto"] = "auto",
+        progress: bool = False,
+    ) -> Iterator[FeatureVector] | Iterator[FeatureVector | Failure]:
+        """Compute the features of many pictures, in their order, in place of predictions.
+
+        All that `predict_many` says of reading, order and memory holds here. "auto" chooses the
+        engine for features by itself.
+
+        Args:
+            images: As for `predict_many`, like all that follow.
+            batch_size: Pictures that go through the network together.
+            on_error: What comes of a picture that cannot be read.
+            num_workers: Threads that read.
+            progress: Show a bar.
+
+        Returns:
+            An iterator over the features; pictures are read as it advances.
+
+        Raises:
+            DataError: The folder is missing or holds no pictures.
+            ImageError: A picture cannot be read, when its turn comes.
+            ConfigError: An argument is out of range, or the predictor has a `tta`, which is about
+                probabilities.
+
+        Example:
+            >>> from transferkit.models import build_model
+            >>> model = build_model("resnet18", 2, weights=None)
+            >>> predictor = Predictor(model, class_names=["ants", "bees"], device="cpu")
+            >>> picture = torch.zeros(3, 50, 40, dtype=torch.uint8)
+            >>> [each.values.shape for each in predictor.features_many([picture, picture])]
+            [(512,), (512,)]
+        """
+        if self.tta is not None:
+            raise ConfigError(
+                f'`features_many` looks at one view of a picture, and tta="{self.tta}" averages '
+                f"the probabilities of several. Make a predictor without `tta`."
+            )
+        work = Work(
+            self._backbone,
+            self.preprocess,
+            make_transform(self.preprocess, None),
+            self._features,
+            # A row of its own, lest one that is kept keep its batch.
+            lambda row, path: FeatureVector(row.numpy().copy(), path),
+        )
+        return run_many(
+            work,
+            images,
+            batch_size=batch_size,
+            on_error=on_error,
+            num_workers=num_workers,
+            progress=progress,
+        )
+
     def calibrate(
         self,
         data: ImageDataset,
@@ -406,6 +494,9 @@ class Predictor:
     def _logits(self, engine: Engine | None, images: Tensor) -> list[Tensor]:
         """Return the logits `(N, C)` of each view, on the CPU."""
         return [self._network.run(engine, view) for view in split_views(images, self.tta)]
+
+    def _features(self, engine: Engine | None, images: Tensor) -> Tensor:
+        return self.model.check_features(self._backbone.run(engine, images), len(images))
 
     def _rank(self, views: list[Tensor], k: int) -> Iterator[tuple[ClassProbability, ...]]:
         probabilities = mean_probabilities(views, self.temperature)
