@@ -304,10 +304,12 @@ def test_options_reach_the_predictor(
 
     monkeypatch.setattr(Predictor, "load", load)
     words = ["--precision", "bf16", "--tta", "flip", "--threshold", "0.8", "--device", "cpu"]
+    words += ["--temperature", "1.5"]
     with pytest.raises(SeenError):
         predict(folder, *words)
     assert seen == {
         "device": "cpu", "engine": "pytorch", "precision": "bf16", "tta": "flip", "threshold": 0.8,
+        "temperature": 1.5,
     }  # fmt: skip
 
 

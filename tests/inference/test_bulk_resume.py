@@ -342,13 +342,19 @@ def test_a_journal_of_another_run(
         predict_to_file(other, pictures, out, resume=True)
     with expect(ConfigError, message("top_k", 1, 2)):
         predict_to_file(watched, pictures, out, resume=True, top_k=2)
-    module = "transferkit.inference.predictor.check_choice_of_engine"
+    module = "transferkit.inference.network.check_choice_of_engine"
     monkeypatch.setattr(module, lambda *_: None)  # This machine may have no bfloat16.
-    others = {"engine_name": "openvino", "precision": "bf16", "threshold": 0.5, "tta": "flip"}
+    others = {
+        "engine_name": "openvino",
+        "precision": "bf16",
+        "threshold": 0.5,
+        "temperature": 2.0,
+        "tta": "flip",
+    }
     for name, value in others.items():
         found = getattr(watched, name)
         with monkeypatch.context() as patch:
-            owner = type(watched) if name == "engine_name" else watched
+            owner = watched if name in vars(watched) else type(watched)
             patch.setattr(owner, name, value)
             with expect(ConfigError, message(name.removesuffix("_name"), found, value)):
                 predict_to_file(watched, pictures, out, resume=True)

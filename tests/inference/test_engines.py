@@ -10,7 +10,6 @@ from PIL import Image
 
 from transferkit.artifacts import save_artifact
 from transferkit.errors import ConfigError
-from transferkit.images import decode_image
 from transferkit.inference import Predictor, engine_choice
 from transferkit.models import BackboneSpec, Classifier, build_model, engines
 
@@ -107,8 +106,12 @@ def test_wrong_values(model: Classifier) -> None:
             "found 'tensorrt'.",
         ),
         ({"precision": "fp8"}, '`precision` should be "fp32" or "bf16", found \'fp8\'.'),
-        ({"tta": "crop"}, "`tta` should be \"flip\" or None, found 'crop'."),
+        ({"tta": "crop"}, '`tta` should be "flip", "five_crop" or None, found \'crop\'.'),
         ({"threshold": 1.5}, "`threshold` should be a finite number in [0, 1], found 1.5."),
+        (
+            {"temperature": 0},
+            "`temperature` should be a finite number in [0.001, 1000], found 0.",
+        ),
     ]
     for options, message in cases:
         with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
@@ -120,9 +123,16 @@ def test_threshold_and_load(
 ) -> None:
     path = save_artifact(tmp_path / "m.safetensors", model, class_names=NAMES)
     loaded = Predictor.load(
-        path, backbone=tiny_spec, device="cpu", threshold=1.0, tta="flip", engine="openvino"
+        path,
+        backbone=tiny_spec,
+        device="cpu",
+        threshold=1.0,
+        tta="flip",
+        temperature=2,
+        engine="openvino",
     )
-    assert (loaded.threshold, loaded.tta, loaded.engine_name) == (1.0, "flip", "openvino")
+    assert (loaded.threshold, loaded.temperature, loaded.tta) == (1.0, 2.0, "flip")
+    assert loaded.engine_name == "openvino"
     assert loaded.predict(picture).abstains
     sure = Predictor(model, class_names=NAMES, device="cpu", threshold=0.0).predict(picture)
     assert not sure.abstains
@@ -130,20 +140,6 @@ def test_threshold_and_load(
     assert unsure.abstains
     assert unsure.label == sure.label
     assert unsure.to_dict()["abstains"]
-
-
-def test_flip_is_the_mean_of_both(model: Classifier, picture: Path) -> None:
-    pixels = decode_image(picture)
-    plain = Predictor(model, class_names=NAMES, device="cpu")
-    both = [plain.predict(pixels), plain.predict(pixels.flip(-1))]
-    means = {
-        name: sum(each.probability for one in both for each in one.top_k if each.label == name) / 2
-        for name in NAMES
-    }
-    assert abs(both[0].probability - both[1].probability) > 1e-6
-    found = Predictor(model, class_names=NAMES, device="cpu", tta="flip").predict(pixels)
-    for each in found.top_k:
-        assert each.probability == pytest.approx(means[each.label], abs=1e-6)
 
 
 def test_the_digest_follows_weights_names_and_preprocessing(
@@ -161,14 +157,15 @@ def test_trying_batch_sizes_holds_the_lock(
     model: Classifier, picture: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     predictor = Predictor(model, class_names=NAMES, device="cpu", engine="pytorch")
-    name, engine = predictor.engine_name, predictor._chosen()[1]
+    network = predictor._network
+    name, engine = network.chosen()
     held: list[bool] = []
 
     def run(images: torch.Tensor) -> torch.Tensor:
-        held.append(predictor._lock._is_owned())  # type: ignore[attr-defined]
+        held.append(network._lock._is_owned())  # type: ignore[attr-defined]
         return engine(images)
 
-    predictor._engine = (name, run)  # type: ignore[assignment]
+    network._engine = (name, run)  # type: ignore[assignment]
     found = predictor.predict_many([picture] * 2000)
     next(found)
     assert len(held) > 2

@@ -42,6 +42,12 @@ def add_predict(commands: Any) -> None:
         help="abstain where the likeliest class has a lower probability",
     )
     parser.add_argument(
+        "--temperature",
+        type=float,
+        metavar="T",
+        help="what logits are divided by before softmax (default: 1)",
+    )
+    parser.add_argument(
         "--on-error",
         choices=("record", "skip", "raise"),
         default="record",
@@ -86,7 +92,9 @@ def _add_speed(parser: argparse.ArgumentParser) -> None:
         help="what it computes in (default: %(default)s)",
     )
     parser.add_argument(
-        "--tta", choices=("flip",), help="average with the mirrored picture; default: no"
+        "--tta",
+        choices=("flip", "five_crop"),
+        help="average with the mirrored picture, or over five crops; default: no",
     )
     parser.add_argument(
         "--batch-size", type=_batch_size, default="auto", metavar="N", help="default: %(default)s"
@@ -137,7 +145,8 @@ def _check(options: argparse.Namespace) -> None:
 def _load(options: argparse.Namespace) -> Any:
     import transferkit as tk
 
-    given = {"tta": options.tta, "threshold": options.threshold}
+    names = ("tta", "threshold", "temperature")
+    given = {name: getattr(options, name) for name in names}
     return tk.Predictor.load(
         options.artifact,
         device=_device(options.device),

@@ -121,6 +121,24 @@ mean (0.485, 0.456, 0.406), std (0.229, 0.224, 0.225)
             source, self.num_channels, decoder=self.decoder, max_pixels=self.max_pixels
         )
 
+    def resize(self, pixels: Tensor) -> Tensor:
+        """Bring a picture to the size from which the network's view is cropped.
+
+        Args:
+            pixels: uint8 `(C, H, W)`.
+
+        Returns:
+            uint8 `(C, h, w)`, no side shorter than `resize_size`.
+
+        Example:
+            >>> preprocess = Preprocess(crop_size=24, resize_size=30)
+            >>> preprocess.resize(torch.zeros(3, 120, 60, dtype=torch.uint8)).shape
+            torch.Size([3, 60, 30])
+        """
+        if self.resize_mode == "squash":
+            return resize(pixels, [self.resize_size, self.resize_size], self.interpolation)
+        return resize(trim_extreme(pixels), [self.resize_size], self.interpolation)
+
     def eval(self, *, normalize: bool = True) -> Transform:
         """Build the deterministic transform for validation and prediction.
 
@@ -263,11 +281,7 @@ class _EvalTransform:
 
     def __call__(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
         spec = self.preprocess
-        squash = spec.resize_mode == "squash"
-        size = [spec.resize_size, spec.resize_size] if squash else [spec.resize_size]
-        image = image if squash else trim_extreme(image)
-        image = resize(image, size, spec.interpolation)
-        view: Tensor = F.center_crop(image, [spec.crop_size, spec.crop_size])
+        view: Tensor = F.center_crop(spec.resize(image), [spec.crop_size, spec.crop_size])
         return spec.normalize(view) if self.normalize else view
 
 

@@ -77,7 +77,7 @@ def predict_to_file(
         OutputError: The output is there already, or a journal, and neither `resume` nor
             `overwrite` is set; another process writes it; it cannot be written.
         ConfigError: An argument cannot work, or the journal is of a run with another model,
-            engine, precision or `top_k`.
+            engine, precision, threshold, temperature, augmentation or `top_k`.
         DataError: The folder is missing or holds no pictures, or nothing fits the pattern.
         ImageError: A picture cannot be read, with `on_error="raise"`.
         MissingDependencyError: `format` is "parquet" and pyarrow is not installed.

@@ -72,6 +72,7 @@ class BulkRun:
             "engine": predictor.engine_name,
             "precision": predictor.precision,
             "threshold": predictor.threshold,
+            "temperature": predictor.temperature,
             "tta": predictor.tta,
             "top_k": top_k,
         }

@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from transferkit.data import ImageDataset
 from transferkit.data.folders import find_images
 from transferkit.errors import ConfigError, DataError, ImageError
-from transferkit.images import ImageSource, Preprocess
+from transferkit.images import ImageSource, Preprocess, decode_image
 from transferkit.images.decode import read_stream
 
 # A path object has one slash where the text had two.
@@ -42,10 +43,31 @@ def find_sources(images: Any) -> tuple[Iterator[ImageSource], int | None]:
     single = isinstance(images, (bytes, bytearray, memoryview, Tensor, np.ndarray, Image.Image))
     if single or others or not isinstance(images, Iterable):
         raise ConfigError(
-            f"`predict_many` takes a folder, a glob pattern or an iterable of pictures, found "
-            f"{type(images).__name__}. For one picture call `predict`; of a table pass the column."
+            f"`images` should be a folder, a glob pattern or an iterable of pictures, found "
+            f"{type(images).__name__}. Put one picture into a list; of a table pass the column."
         )
     return iter(images), len(images) if isinstance(images, Sized) else None
+
+
+class PicturesOf:
+    """The pictures of a data set, as an iterable that knows its length.
+
+    Args:
+        data: The data set. Where it decodes in its own way, it does so here.
+    """
+
+    def __init__(self, data: ImageDataset) -> None:
+        self._data = data
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __iter__(self) -> Iterator[ImageSource]:
+        data = self._data
+        # By number: sequences of users need not say where they end.
+        for index in range(len(data)):
+            picture = data.images[index]
+            yield picture if data.decode is decode_image else data.decode(picture)
 
 
 def find_files(images: str | os.PathLike[str]) -> list[Path]:

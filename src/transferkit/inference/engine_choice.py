@@ -7,18 +7,20 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from transferkit._checks import check_choice
 from transferkit._seeding import generator_for
 from transferkit.errors import BackboneError
-from transferkit.models import Classifier
+from transferkit.images import Preprocess
+from transferkit.inference.lanes import run_in_lanes
 from transferkit.models.conversion import TOLERANCES, relative_difference
 from transferkit.models.engines import (
     Engine,
     EngineName,
     check_engine,
     choose_batch_size,
+    count_lanes,
     make_engine,
 )
 from transferkit.models.engines import Precision as EnginePrecision
@@ -26,6 +28,9 @@ from transferkit.models.modes import evaluating
 
 EngineChoice: TypeAlias = Literal["auto", "pytorch", "openvino", "onnxruntime"]
 InferencePrecision: TypeAlias = Literal["fp32", "bf16"]
+
+MAX_LANES = 16
+"""At most so many batches go through an engine at a time."""
 
 _PRECISIONS: dict[str, EnginePrecision] = {"fp32": "float32", "bf16": "bfloat16"}
 _NUM_RUNS = 2
@@ -63,22 +68,34 @@ def check_choice_of_engine(engine: str, precision: str, device: torch.device) ->
 
 
 def make_named_engine(
-    model: Classifier, name: EngineName, *, precision: InferencePrecision, device: torch.device
+    network: nn.Module, name: EngineName, *, precision: InferencePrecision, device: torch.device
 ) -> Engine:
-    """Make the engine of a name, with the weights that the model has now."""
-    return make_engine(model, engine=name, precision=_PRECISIONS[precision], device=device)
+    """Make the engine of a name, with the weights that the network has now."""
+    # What runs in one thread each never waits for another one that has to give way to readers.
+    return make_engine(
+        network,
+        engine=name,
+        precision=_PRECISIONS[precision],
+        device=device,
+        num_lanes=min(torch.get_num_threads(), MAX_LANES),
+    )
 
 
 def choose_engine(
-    model: Classifier, *, precision: InferencePrecision, device: torch.device
+    network: nn.Module,
+    preprocess: Preprocess,
+    *,
+    precision: InferencePrecision,
+    device: torch.device,
 ) -> tuple[EngineName, Engine, tuple[EngineTrial, ...]]:
     """Try all engines that are installed, and take the fastest whose logits agree.
 
-    Each runs made-up images at the model's size, in the batch that suits it, after a first
-    run that sets it up. Its logits are compared with those of the model in PyTorch in float32.
+    Each runs made-up images at the network's size, in the batch that suits it, after a first
+    run that sets it up. Its logits are compared with those of PyTorch in float32.
 
     Args:
-        model: The model; it is not changed.
+        network: The network, a classifier or what gives features; it is not changed.
+        preprocess: How images become its input.
         precision: What is computed in.
         device: Where it runs.
 
@@ -86,9 +103,11 @@ def choose_engine(
         The engine's name, the engine, and what came of each.
     """
     if device.type != "cpu":
-        engine = make_named_engine(model, "pytorch", precision=precision, device=device)
+        engine = make_named_engine(network, "pytorch", precision=precision, device=device)
         return "pytorch", engine, (EngineTrial("pytorch"),)
-    tried = {name: _try_engine(model, name, precision) for name in get_args(EngineName)}
+    tried = {
+        name: _try_engine(network, preprocess, name, precision) for name in get_args(EngineName)
+    }
     found: list[tuple[float, EngineName, Engine]] = [
         (trial.images_per_second or 0.0, name, engine)
         for name, (trial, engine) in tried.items()
@@ -102,18 +121,18 @@ def choose_engine(
 
 
 def _try_engine(
-    model: Classifier, name: EngineName, precision: InferencePrecision
+    network: nn.Module, preprocess: Preprocess, name: EngineName, precision: InferencePrecision
 ) -> tuple[EngineTrial, Engine | None]:
     """Try an engine on the CPU; there is none where it cannot be taken."""
-    spec = model.preprocess
+    spec = preprocess
     shape = (spec.num_channels, spec.crop_size, spec.crop_size)
     device = torch.device("cpu")
     try:
         check_engine(name, _PRECISIONS[precision], device)
-        engine = make_named_engine(model, name, precision=precision, device=device)
+        engine = make_named_engine(network, name, precision=precision, device=device)
         size = choose_batch_size(engine, shape, num_images=0, device=device)
         images = torch.randn(size, *shape, generator=generator_for(0))
-        difference = relative_difference(engine(images), _reference(model, images))
+        difference = relative_difference(engine(images), _reference(network, images))
         allowed = TOLERANCES[_PRECISIONS[precision]]
         if not difference <= allowed:
             reason = (
@@ -125,18 +144,21 @@ def _try_engine(
         if name == "pytorch":
             raise
         return EngineTrial(name, reason=str(error)), None
-    return EngineTrial(name, size / seconds, difference), engine
+    return EngineTrial(name, count_lanes(engine) * size / seconds, difference), engine
 
 
 @torch.no_grad()
-def _reference(model: Classifier, images: Tensor) -> Tensor:
-    """Return the logits of the model as it is."""
-    with evaluating(model):
-        logits: Tensor = model(images)
+def _reference(network: nn.Module, images: Tensor) -> Tensor:
+    """Return the logits of the network as it is."""
+    with evaluating(network):
+        logits: Tensor = network(images)
     return logits.float()
 
 
 def _seconds(engine: Engine, images: Tensor) -> float:
+    """Return how long a batch takes in each lane, all of them at work."""
+    num_lanes = count_lanes(engine)
     started = time.perf_counter()
-    engine(images).cpu()  # A device has computed what lies on the CPU.
+    for outputs in run_in_lanes(iter([images] * num_lanes), engine, num_lanes=num_lanes):
+        outputs.cpu()  # A device has computed what lies on the CPU.
     return time.perf_counter() - started

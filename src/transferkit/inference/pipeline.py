@@ -156,9 +156,39 @@ class Batch:
             self._rows.append((path, Failure(str(found), path)))
 
     def stack(self) -> Tensor:
-        """Return the images `(N, C, H, W)`."""
-        return torch.stack(self._images)
+        """Return the pixels `(N, ..., C, H, W)`, the channels last in memory, as decoders do."""
+        return torch.stack([each.movedim(-3, -1) for each in self._images]).movedim(-1, -3)
 
     def rows(self) -> Iterator[tuple[Path | None, Failure | None]]:
         """Yield the path of each picture, and why it failed, if it did."""
         return iter(self._rows)
+
+
+def make_batches(
+    pairs: Iterator[tuple[ImageSource | None, Read]], size: int, on_error: str
+) -> Iterator[Batch]:
+    """Put pictures together into batches.
+
+    Args:
+        pairs: What `read_ahead` yields.
+        size: The images of a batch.
+        on_error: "raise", "record" or "skip".
+
+    Yields:
+        Full batches, and the last one as it is; those with many failures are ended earlier.
+
+    Raises:
+        ImageError: A picture cannot be read, after the batch of those before it. So do errors
+            of other classes that end the run.
+    """
+    batch = Batch(on_error)
+    for source, found in pairs:
+        if isinstance(found, (Broken, ImageError)) and batch.ends_at(found):
+            # Its turn comes after the good ones before it.
+            yield batch
+            raise found.error if isinstance(found, Broken) else found
+        batch.add(source, found)
+        if batch.num_images == size or len(batch) >= 4 * size:
+            yield batch
+            batch = Batch(on_error)
+    yield batch

@@ -6,6 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 
 @dataclass(frozen=True)
 class ClassProbability:
@@ -14,7 +17,7 @@ class ClassProbability:
     Args:
         label: The class's name.
         index: The class's index.
-        probability: Softmax of the logits, in [0, 1].
+        probability: Softmax of the logits over the temperature, in [0, 1].
     """
 
     label: str
@@ -68,9 +71,22 @@ class Prediction:
         }
 
 
+@dataclass(frozen=True, eq=False)
+class FeatureVector:
+    """The features of one picture.
+
+    Args:
+        values: float32 `(D,)`, what the backbone gives before the head.
+        path: The picture's path, where it came from one.
+    """
+
+    values: npt.NDArray[np.float32]
+    path: Path | None = None
+
+
 @dataclass(frozen=True)
 class Failure:
-    """Why a picture has no prediction.
+    """Why a picture has no prediction, or no features.
 
     Args:
         reason: The message of the error.

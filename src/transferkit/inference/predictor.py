@@ -5,58 +5,58 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
+from pathlib import Path
 from typing import Literal, overload
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from typing_extensions import Self
 
-from transferkit._allocator import buffers_kept
-from transferkit._checks import check_choice, check_flag, check_integer, check_number, check_type
+from transferkit._checks import check_integer, check_number, check_type
 from transferkit._device import resolve_device
 from transferkit.artifacts import load_artifact
-from transferkit.data.loader import num_cores, resolve_num_workers
-from transferkit.errors import ConfigError, ImageError
+from transferkit.data import ImageDataset
+from transferkit.errors import ConfigError
 from transferkit.images import ImageSource, Preprocess
-from transferkit.inference.doors import find_sources, hold_source, to_source
+from transferkit.inference.abstention import (
+    AbstentionReport,
+    calibrate_abstention,
+    check_calibration,
+)
+from transferkit.inference.doors import PicturesOf
 from transferkit.inference.engine_choice import (
     EngineChoice,
     EngineTrial,
     InferencePrecision,
     check_choice_of_engine,
-    choose_engine,
-    make_named_engine,
 )
-from transferkit.inference.pipeline import Batch, Broken, read_ahead
-from transferkit.inference.prediction import ClassProbability, Failure, Prediction
+from transferkit.inference.network import MIN_WORTH_CHOOSING, Network
+from transferkit.inference.prediction import (
+    ClassProbability,
+    Failure,
+    FeatureVector,
+    Prediction,
+)
+from transferkit.inference.streaming import Work, run_many
+from transferkit.inference.tta import (
+    TTA,
+    check_tta,
+    make_transform,
+    mean_probabilities,
+    split_views,
+)
 from transferkit.models import BackboneSpec, Classifier
-from transferkit.models.engines import (
-    DEFAULT_BATCH_SIZE,
-    Engine,
-    EngineName,
-    choose_batch_size,
-)
-from transferkit.models.modes import evaluating
+from transferkit.models.engines import Engine, EngineName
 
 DEFAULT_TOP_K = 5
-
-MIN_WORTH_CHOOSING = 64
-"""Up to so many pictures PyTorch runs the model as it is: choosing an engine takes seconds."""
-
-_MAX_WORKERS = 16
-_FEW = 8
-"""Up to so many pictures are read without threads."""
 
 
 class Predictor:
     """Predict the classes of pictures, with the preprocessing that the model was trained with.
 
-    Several threads may predict with one predictor at a time; the network runs for one of them
-    after the other.
+    Several threads may predict with one predictor at a time. OpenVINO and ONNX Runtime compute
+    for as many of them as there are cores; PyTorch for one after the other.
 
     Args:
         model: The classifier. It is moved to `device` and stays in the mode that it is in;
@@ -71,12 +71,16 @@ class Predictor:
         precision: What is computed in: "fp32", or "bf16" where the processor has it.
         threshold: Predictions whose probability is lower say that they abstain, in [0, 1];
             None lets none abstain.
-        tta: "flip" takes the mean of the probabilities of the picture and its mirror image
-            (test-time augmentation), in twice the time; None takes the picture alone.
+        tta: Test-time augmentation, the mean of the probabilities of several views: "flip" takes
+            the picture and its mirror image, in twice the time; "five_crop" the corners and
+            the centre of the picture, in five times the time and memory; None takes the picture
+            alone.
+        temperature: What logits are divided by before softmax, in [0.001, 1000]. More than 1
+            makes the model less sure of itself; the labels stay. `calibrate` finds one.
 
     Raises:
         ConfigError: The class names do not fit the model, the device or the engine is not
-            there, or `threshold` is out of range.
+            there, `threshold` or `temperature` is out of range, or `tta` does not fit the model.
         MissingDependencyError: What the engine needs is not installed.
 
     Example:
@@ -102,7 +106,8 @@ class Predictor:
         engine: EngineChoice = "auto",
         precision: InferencePrecision = "fp32",
         threshold: float | None = None,
-        tta: Literal["flip"] | None = None,
+        tta: TTA | None = None,
+        temperature: float = 1.0,
     ) -> None:
         check_type("model", model, Classifier, "a Classifier, as `build_model` makes one")
         self.class_names: tuple[str, ...] = tuple(class_names)
@@ -111,23 +116,19 @@ class Predictor:
                 f"`class_names` should have a name for each of the model's {model.num_classes} "
                 f"classes, found {len(self.class_names)}."
             )
-        self.device: torch.device = resolve_device(device)
-        check_choice_of_engine(engine, precision, self.device)
-        if tta not in (None, "flip"):
-            raise ConfigError(f'`tta` should be "flip" or None, found {tta!r}.')
+        place = resolve_device(device)
+        tta = check_tta(tta, model.preprocess)
         if threshold is not None:
             threshold = check_number(
                 "threshold", threshold, lambda value: 0 <= value <= 1, "in [0, 1]"
             )
-        self.model: Classifier = model.to(self.device)
-        self.precision: InferencePrecision = precision
         self.threshold: float | None = threshold
-        self.tta: Literal["flip"] | None = tta
-        self.engine_report: tuple[EngineTrial, ...] = ()
-        """What came of each engine that "auto" tried; empty before it did."""
-        self._asked: EngineChoice = engine
-        self._engine: tuple[EngineName, Engine] | None = None
-        self._lock = threading.RLock()
+        self.temperature: float = check_number(
+            "temperature", temperature, lambda value: 1e-3 <= value <= 1e3, "in [0.001, 1000]"
+        )
+        self.tta: TTA | None = tta
+        self._network = Network(model, device=place, engine=engine, precision=precision)
+        self._backbone = self._network.of_backbone()
 
     @classmethod
     def load(
@@ -141,7 +142,8 @@ class Predictor:
         engine: EngineChoice = "auto",
         precision: InferencePrecision = "fp32",
         threshold: float | None = None,
-        tta: Literal["flip"] | None = None,
+        tta: TTA | None = None,
+        temperature: float = 1.0,
     ) -> Self:
         """Load a predictor from an artifact; no network, no code from the file.
 
@@ -156,6 +158,7 @@ class Predictor:
             precision: What is computed in.
             threshold: Below which probability predictions abstain.
             tta: Test-time augmentation.
+            temperature: What logits are divided by.
 
         Returns:
             The predictor.
@@ -176,7 +179,23 @@ class Predictor:
             precision=precision,
             threshold=threshold,
             tta=tta,
+            temperature=temperature,
         )
+
+    @property
+    def model(self) -> Classifier:
+        """The classifier, on `device`."""
+        return self._network.model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network runs."""
+        return self._network.device
+
+    @property
+    def precision(self) -> InferencePrecision:
+        """What is computed in."""
+        return self._network.precision
 
     @property
     def digest(self) -> str:
@@ -197,7 +216,12 @@ class Predictor:
     @property
     def engine_name(self) -> EngineName:
         """The engine that runs many pictures; "auto" chooses it now, if it has not yet."""
-        return self._chosen()[0]
+        return self._network.chosen()[0]
+
+    @property
+    def engine_report(self) -> tuple[EngineTrial, ...]:
+        """What came of each engine that "auto" tried; empty before it did."""
+        return self._network.report
 
     @property
     def preprocess(self) -> Preprocess:
@@ -214,9 +238,8 @@ class Predictor:
             ConfigError: There is no such engine here.
             MissingDependencyError: What it needs is not installed.
         """
-        check_choice_of_engine(name, self.precision, self.device)
-        if self._asked == "auto" and self._engine is None:
-            self._asked = name
+        for network in (self._network, self._backbone):
+            network.prefer(name)
 
     def expect(self, num_images: int) -> None:
         """Say how many pictures will come in all, where a call cannot tell.
@@ -284,7 +307,7 @@ class Predictor:
     ) -> Iterator[Prediction] | Iterator[Prediction | Failure]:
         """Predict the classes of many pictures, in their order.
 
-        Threads read pictures while the network runs, never more than two batches ahead, so
+        Threads read pictures while the network runs, never more than some batches ahead, so
         that an endless iterable takes no more memory than a short one. They end with the
         iterator that is returned, also where it is closed before its end.
 
@@ -310,70 +333,173 @@ class Predictor:
             ConfigError: An argument is out of range.
         """
         k = self._check_top_k(top_k)
-        if batch_size != "auto":
-            batch_size = check_integer("batch_size", batch_size, minimum=1)
-        check_choice("on_error", on_error, ("raise", "record", "skip"))
-        sources, total = find_sources(images)
-        count = resolve_num_workers(num_workers, num_images=0)
-        if num_workers == "auto" and (total is None or total > _FEW):
-            count = min(num_cores(), _MAX_WORKERS)
-        bar_off = None if check_flag("progress", progress) else True
-        found = self._predict_all(sources, total, k, batch_size, count, on_error)
-        return _shown(found, total, bar_off)
-
-    def _predict_all(
-        self,
-        sources: Iterator[ImageSource],
-        total: int | None,
-        k: int,
-        batch_size: int | Literal["auto"],
-        num_workers: int,
-        on_error: str,
-    ) -> Iterator[Prediction | Failure]:
-        spec = self.preprocess
-        transform = spec.eval()
-
-        def read(source: ImageSource) -> Tensor:
-            return transform(spec.decode(to_source(source, spec.num_channels)))
-
-        engine = self._engine_for(total)
-        size = self._choose_batch_size(engine, total) if batch_size == "auto" else batch_size
-        pairs = read_ahead(
-            sources,
-            read,
-            hold=lambda source: hold_source(source, spec),
-            num_workers=num_workers,
-            num_ahead=2 * size,
+        work = Work(
+            self._network,
+            self.preprocess,
+            make_transform(self.preprocess, self.tta),
+            lambda engine, batch: self._rank(self._logits(engine, batch), k),
+            self._to_prediction,
         )
-        batch = Batch(on_error)
-        with closing(pairs):  # type: ignore[type-var]
-            for source, found in pairs:
-                if isinstance(found, (Broken, ImageError)) and batch.ends_at(found):
-                    # Its turn comes after the good ones before it.
-                    yield from self._run(engine, batch, k)
-                    raise found.error if isinstance(found, Broken) else found
-                batch.add(source, found)
-                if batch.num_images == size or len(batch) >= 4 * size:
-                    yield from self._run(engine, batch, k)
-                    batch = Batch(on_error)
-            yield from self._run(engine, batch, k)
+        return run_many(
+            work,
+            images,
+            batch_size=batch_size,
+            on_error=on_error,
+            num_workers=num_workers,
+            progress=progress,
+        )
 
-    def _run(self, engine: Engine | None, batch: Batch, k: int) -> Iterator[Prediction | Failure]:
-        """Yield what becomes of the pictures of a batch."""
-        ranked: Iterator[tuple[ClassProbability, ...]] = iter(())
-        if batch.num_images:
-            # For the batch alone: whoever takes the predictions may do so for hours.
-            with buffers_kept():
-                ranked = self._rank(self._probabilities(engine, batch.stack()), k)
-        for path, failure in batch.rows():
-            if failure is not None:
-                yield failure
-                continue
-            top_k = next(ranked)
-            abstains = self.threshold is not None and top_k[0].probability < self.threshold
-            yield Prediction(top_k, path, abstains)
+    @overload
+    def features_many(
+        self,
+        images: str | os.PathLike[str] | Iterable[ImageSource],
+        *,
+        batch_size: int | Literal["auto"] = "auto",
+        on_error: Literal["raise", "skip"] = "raise",
+        num_workers: int | Literal["auto"] = "auto",
+        progress: bool = False,
+    ) -> Iterator[FeatureVector]: ...
+    @overload
+    def features_many(
+        self,
+        images: str | os.PathLike[str] | Iterable[ImageSource],
+        *,
+        batch_size: int | Literal["auto"] = "auto",
+        on_error: Literal["record"],
+        num_workers: int | Literal["auto"] = "auto",
+        progress: bool = False,
+    ) -> Iterator[FeatureVector | Failure]: ...
 
-    def _rank(self, probabilities: Tensor, k: int) -> Iterator[tuple[ClassProbability, ...]]:
+    def features_many(
+        self,
+        images: str | os.PathLike[str] | Iterable[ImageSource],
+        *,
+        batch_size: int | Literal["auto"] = "auto",
+        on_error: Literal["raise", "skip", "record"] = "raise",
+        num_workers: int | Literal["auto"] = "auto",
+        progress: bool = False,
+    ) -> Iterator[FeatureVector] | Iterator[FeatureVector | Failure]:
+        """Compute the features of many pictures, in their order, in place of predictions.
+
+        All that `predict_many` says of reading, order and memory holds here. "auto" chooses the
+        engine for features by itself.
+
+        Args:
+            images: As for `predict_many`, like all that follow.
+            batch_size: Pictures that go through the network together.
+            on_error: What comes of a picture that cannot be read.
+            num_workers: Threads that read.
+            progress: Show a bar.
+
+        Returns:
+            An iterator over the features; pictures are read as it advances.
+
+        Raises:
+            DataError: The folder is missing or holds no pictures.
+            ImageError: A picture cannot be read, when its turn comes.
+            ConfigError: An argument is out of range, or the predictor has a `tta`, which is about
+                probabilities.
+
+        Example:
+            >>> from transferkit.models import build_model
+            >>> model = build_model("resnet18", 2, weights=None)
+            >>> predictor = Predictor(model, class_names=["ants", "bees"], device="cpu")
+            >>> picture = torch.zeros(3, 50, 40, dtype=torch.uint8)
+            >>> [each.values.shape for each in predictor.features_many([picture, picture])]
+            [(512,), (512,)]
+        """
+        if self.tta is not None:
+            raise ConfigError(
+                f'`features_many` looks at one view of a picture, and tta="{self.tta}" averages '
+                f"the probabilities of several. Make a predictor without `tta`."
+            )
+        work = Work(
+            self._backbone,
+            self.preprocess,
+            make_transform(self.preprocess, None),
+            self._features,
+            # A row of its own, lest one that is kept keep its batch.
+            lambda row, path: FeatureVector(row.numpy().copy(), path),
+        )
+        return run_many(
+            work,
+            images,
+            batch_size=batch_size,
+            on_error=on_error,
+            num_workers=num_workers,
+            progress=progress,
+        )
+
+    def calibrate(
+        self,
+        data: ImageDataset,
+        *,
+        target_accuracy: float = 0.95,
+        confidence: float = 0.95,
+        batch_size: int | Literal["auto"] = "auto",
+        num_workers: int | Literal["auto"] = "auto",
+        progress: bool = False,
+    ) -> AbstentionReport:
+        """Choose temperature and threshold, so that the answers keep an accuracy.
+
+        Sets `temperature` and `threshold` of this predictor, in whose place other threads should
+        not predict meanwhile; where it fails, both stay as they were. To use them again without
+        the pictures, give them to `load`. Where new pictures are drawn as these were, the
+        answers that are not abstained from have at least `target_accuracy`, unless these were
+        drawn by a chance of less than 1 - `confidence`. It promises nothing for other pictures:
+        another camera, another season, another class.
+
+        Args:
+            data: Pictures with labels that the model was not trained on, such as `splits.test`,
+                or `splits.val`, by which no more than the best epoch was chosen. Half of them
+                give the temperature, half test the threshold.
+            target_accuracy: The accuracy among the answers, in (0, 1).
+            confidence: In (0, 1).
+            batch_size: As for `predict_many`.
+            num_workers: Likewise.
+            progress: Likewise.
+
+        Returns:
+            What was set, and the share of pictures that have an answer.
+
+        Raises:
+            ConfigError: An argument is out of range.
+            DataError: `data` has other classes than the model, or no threshold is sure to keep
+                the accuracy.
+            ImageError: A picture cannot be read.
+        """
+        targets = check_calibration(data, self.class_names, target_accuracy, confidence)
+        work: Work[Tensor, Tensor] = Work(
+            self._network,
+            self.preprocess,
+            make_transform(self.preprocess, self.tta),
+            lambda engine, batch: torch.stack(self._logits(engine, batch), dim=1),
+            lambda row, _: row,
+        )
+        rows = run_many(
+            work,
+            PicturesOf(data),
+            batch_size=batch_size,
+            on_error="raise",
+            num_workers=num_workers,
+            progress=progress,
+        )
+        logits = torch.stack([each for each in rows if isinstance(each, Tensor)])
+        report = calibrate_abstention(
+            logits.unbind(1), targets, target_accuracy=target_accuracy, confidence=confidence
+        )
+        self.temperature, self.threshold = report.temperature, report.threshold
+        return report
+
+    def _logits(self, engine: Engine | None, images: Tensor) -> list[Tensor]:
+        """Return the logits `(N, C)` of each view, on the CPU."""
+        return [self._network.run(engine, view) for view in split_views(images, self.tta)]
+
+    def _features(self, engine: Engine | None, images: Tensor) -> Tensor:
+        return self.model.check_features(self._backbone.run(engine, images), len(images))
+
+    def _rank(self, views: list[Tensor], k: int) -> Iterator[tuple[ClassProbability, ...]]:
+        probabilities = mean_probabilities(views, self.temperature)
         values, indices = probabilities.sort(dim=1, descending=True, stable=True)
         for row, order in zip(values[:, :k].tolist(), indices[:, :k].tolist(), strict=True):
             yield tuple(
@@ -381,55 +507,9 @@ class Predictor:
                 for index, probability in zip(order, row, strict=True)
             )
 
-    def _probabilities(self, engine: Engine | None, images: Tensor) -> Tensor:
-        """Return probabilities `(N, C)` on the CPU."""
-        probabilities = self._logits(engine, images).softmax(dim=1)
-        if self.tta == "flip":
-            mirrored = self._logits(engine, images.flip(-1)).softmax(dim=1)
-            probabilities = (probabilities + mirrored) / 2
-        return probabilities
-
-    def _logits(self, engine: Engine | None, images: Tensor) -> Tensor:
-        # One at a time: engines keep buffers, and another thread would put the model back into
-        # the mode that it was in while this one runs it.
-        with self._lock:
-            if engine is not None:
-                return engine(images).float().cpu()
-            with evaluating(self.model), torch.no_grad():
-                logits: Tensor = self.model(images.to(self.device))
-            return logits.float().cpu()
-
-    def _engine_for(self, total: int | None) -> Engine | None:
-        """Return the engine for so many pictures; None runs the model as it is."""
-        few = total is not None and total <= MIN_WORTH_CHOOSING
-        if self._engine is None and self._asked == "auto" and self.precision == "fp32" and few:
-            return None
-        return self._chosen()[1]
-
-    def _chosen(self) -> tuple[EngineName, Engine]:
-        with self._lock:
-            if self._engine is None and self._asked == "auto":
-                name, engine, self.engine_report = choose_engine(
-                    self.model, precision=self.precision, device=self.device
-                )
-                self._engine = name, engine
-            elif self._engine is None:
-                named: EngineName = self._asked  # type: ignore[assignment]
-                self._engine = (
-                    named,
-                    make_named_engine(
-                        self.model, named, precision=self.precision, device=self.device
-                    ),
-                )
-            return self._engine
-
-    def _choose_batch_size(self, engine: Engine | None, total: int | None) -> int:
-        spec = self.preprocess
-        shape = (spec.num_channels, spec.crop_size, spec.crop_size)
-        if engine is None:
-            return DEFAULT_BATCH_SIZE
-        with self._lock:  # Trying sizes runs the engine.
-            return choose_batch_size(engine, shape, num_images=total or 0, device=self.device)
+    def _to_prediction(self, top_k: tuple[ClassProbability, ...], path: Path | None) -> Prediction:
+        abstains = self.threshold is not None and top_k[0].probability < self.threshold
+        return Prediction(top_k, path, abstains)
 
     def _check_top_k(self, top_k: int | None) -> int:
         if top_k is None:
@@ -441,14 +521,3 @@ class Predictor:
                 f"found {top_k}."
             )
         return top_k
-
-
-def _shown(
-    found: Iterator[Prediction | Failure], total: int | None, is_off: bool | None
-) -> Iterator[Prediction | Failure]:
-    """Pass results on, and count them on a bar."""
-    bar = tqdm(total=total, unit="picture", disable=is_off)
-    with bar, closing(found):  # type: ignore[type-var]
-        for each in found:
-            bar.update()
-            yield each

@@ -95,7 +95,7 @@ class Classifier(nn.Module):
         """
         if not torch.compiler.is_compiling():
             self._pin()
-        return self._check_features(self.backbone(images), len(images))
+        return self.check_features(self.backbone(images), len(images))
 
     def features_from(self, activations: Tensor, split: Split) -> Tensor:
         """Compute the features of images from what the first stages made of them.
@@ -111,9 +111,21 @@ class Classifier(nn.Module):
             BackboneError: The backbone gives something of another shape.
         """
         self._pin()
-        return self._check_features(split.suffix(activations), len(activations))
+        return self.check_features(split.suffix(activations), len(activations))
 
-    def _check_features(self, features: Tensor, count: int) -> Tensor:
+    def check_features(self, features: Tensor, count: int) -> Tensor:
+        """Return features where they have the shape that they should have.
+
+        Args:
+            features: What the backbone gave.
+            count: The number of images that it was given.
+
+        Returns:
+            The same, `(count, D)`.
+
+        Raises:
+            BackboneError: They are something of another shape.
+        """
         expected = (count, self.num_features)
         if not isinstance(features, Tensor) or features.shape != expected:
             found = tuple(features.shape) if isinstance(features, Tensor) else type(features)

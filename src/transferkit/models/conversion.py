@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeAlias
 
@@ -32,14 +33,18 @@ class ConvertedEngine:
     Args:
         prefix: The network, from images `(N, C, H, W)` to `(N, ...)`; it is not changed.
         precision: What is computed in, "float32" or "bfloat16".
+        num_lanes: How many threads may call it at a time and are computed for side by side,
+            each by its share of the cores that PyTorch has now.
     """
 
     library: ClassVar[str]
     """The name of the library, as messages spell it."""
 
-    def __init__(self, prefix: nn.Module, *, precision: str) -> None:
+    def __init__(self, prefix: nn.Module, *, precision: str, num_lanes: int = 1) -> None:
         self._network = copy.deepcopy(prefix).eval().requires_grad_(False)
         self._precision = precision
+        self.num_lanes: int = num_lanes
+        self._lock = threading.Lock()
         self._runs: dict[tuple[int, ...], Run] = {}
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -50,8 +55,9 @@ class ConvertedEngine:
         """
         shape = tuple(images.shape[1:])
         if shape not in self._runs:
-            with torch.no_grad(), torch.autocast("cpu", enabled=False):
-                self._runs[shape] = self._prepare(shape)
+            with self._lock, torch.no_grad(), torch.autocast("cpu", enabled=False):
+                if shape not in self._runs:  # Else another thread was here first.
+                    self._runs[shape] = self._prepare(shape)
         return self._runs[shape](images)
 
     def describe(self) -> dict[str, Any]:

@@ -36,6 +36,7 @@ class ONNXRuntimeEngine(ConvertedEngine):
 
     Args:
         prefix: The network, from images `(N, C, H, W)` to `(N, ...)`; it is not changed.
+        num_lanes: How many threads it computes for side by side.
 
     Raises:
         MissingDependencyError: ONNX or ONNX Runtime is not installed.
@@ -43,9 +44,9 @@ class ONNXRuntimeEngine(ConvertedEngine):
 
     library = "ONNX Runtime"
 
-    def __init__(self, prefix: nn.Module) -> None:
+    def __init__(self, prefix: nn.Module, *, num_lanes: int = 1) -> None:
         self._onnxruntime = import_onnx()[1]
-        super().__init__(prefix, precision="float32")
+        super().__init__(prefix, precision="float32", num_lanes=num_lanes)
 
     def describe(self) -> dict[str, Any]:
         """Return all that can change the bits of its results, as plain JSON data."""
@@ -59,7 +60,8 @@ class ONNXRuntimeEngine(ConvertedEngine):
         }
 
     def _compile(self, shape: tuple[int, ...]) -> Run:
-        return open_onnx(convert_to_onnx(self._network, shape))
+        num_threads = max(1, torch.get_num_threads() // self.num_lanes)
+        return open_onnx(convert_to_onnx(self._network, shape), num_threads=num_threads)
 
 
 def convert_to_onnx(
@@ -115,18 +117,19 @@ def _no_graphs_printed() -> Iterator[None]:
         setattr(torch._C, name, original)
 
 
-def open_onnx(model: bytes | str) -> Run:
-    """Open an ONNX model on the CPU, with as many threads as PyTorch has now.
+def open_onnx(model: bytes | str, *, num_threads: int | None = None) -> Run:
+    """Open an ONNX model on the CPU.
 
     Args:
         model: The model, or the path of a file that holds one.
+        num_threads: The threads that compute for a call; None takes as many as PyTorch has now.
 
     Returns:
-        What runs it.
+        What runs it; several threads may call it.
     """
     runtime = import_onnx()[1]
     options = runtime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
+    options.intra_op_num_threads = num_threads or torch.get_num_threads()
     options.log_severity_level = _QUIET
     session = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     return functools.partial(_run, session)

@@ -6,6 +6,7 @@ import functools
 import importlib
 import warnings
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ class OpenVINOEngine(ConvertedEngine):
     Args:
         prefix: The network, from images `(N, C, H, W)` to `(N, ...)`; it is not changed.
         precision: What is computed in, "float32" or "bfloat16".
+        num_lanes: How many threads it computes for side by side.
 
     Raises:
         MissingDependencyError: OpenVINO is not installed.
@@ -42,9 +44,9 @@ class OpenVINOEngine(ConvertedEngine):
 
     library = "OpenVINO"
 
-    def __init__(self, prefix: nn.Module, *, precision: str) -> None:
+    def __init__(self, prefix: nn.Module, *, precision: str, num_lanes: int = 1) -> None:
         self._openvino = import_openvino()
-        super().__init__(prefix, precision=precision)
+        super().__init__(prefix, precision=precision, num_lanes=num_lanes)
 
     def describe(self) -> dict[str, Any]:
         """Return all that can change the bits of its results, as plain JSON data."""
@@ -56,7 +58,8 @@ class OpenVINOEngine(ConvertedEngine):
         }
 
     def _compile(self, shape: tuple[int, ...]) -> Run:
-        return compile_openvino(convert_to_openvino(self._network, shape), self._precision)
+        model = convert_to_openvino(self._network, shape)
+        return compile_openvino(model, self._precision, num_lanes=self.num_lanes)
 
 
 def convert_to_openvino(network: nn.Module, shape: tuple[int, ...]) -> Any:
@@ -89,20 +92,40 @@ def read_openvino(graph: Path, weights: Path) -> Any:
     return _core().read_model(graph.read_bytes(), weights.read_bytes())
 
 
-def compile_openvino(model: Any, precision: str = "float32") -> Run:
-    """Compile an `openvino.Model` for the CPU, with as many threads as PyTorch has now."""
-    options = {
+def compile_openvino(model: Any, precision: str = "float32", *, num_lanes: int = 1) -> Run:
+    """Compile an `openvino.Model` for the CPU, with as many threads as PyTorch has now.
+
+    Args:
+        model: The model.
+        precision: "float32" or "bfloat16".
+        num_lanes: How many calls compute side by side, each with its share of the threads.
+
+    Returns:
+        What runs it; several threads may call it, and wait where no lane is free.
+    """
+    options: dict[str, Any] = {
         "INFERENCE_PRECISION_HINT": _HINTS[precision],
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "PERFORMANCE_HINT": "LATENCY",  # All threads at one batch.
+        "INFERENCE_NUM_THREADS": max(torch.get_num_threads(), num_lanes),
     }
-    return functools.partial(_run, _core().compile_model(model, "CPU", options))
+    if num_lanes == 1:
+        options["PERFORMANCE_HINT"] = "LATENCY"  # All threads at one batch.
+    else:
+        options["NUM_STREAMS"] = num_lanes
+    compiled = _core().compile_model(model, "CPU", options)
+    requests: SimpleQueue[Any] = SimpleQueue()
+    for _ in range(num_lanes):
+        requests.put(compiled.create_infer_request())
+    return functools.partial(_run, requests)
 
 
-def _run(compiled: Any, images: Tensor) -> Tensor:
+def _run(requests: SimpleQueue[Any], images: Tensor) -> Tensor:
     ready = images.detach().to("cpu", torch.float32).contiguous()
-    outputs = compiled([ready.numpy()], share_inputs=True)[0]
-    return torch.from_numpy(outputs.copy())  # OpenVINO writes the next ones to its place.
+    request = requests.get()
+    try:
+        outputs = request.infer([ready.numpy()], share_inputs=True)[0]
+        return torch.from_numpy(outputs.copy())  # The request writes the next ones to its place.
+    finally:
+        requests.put(request)
 
 
 def import_openvino(purpose: str = 'engine="openvino"') -> Any:
