@@ -79,7 +79,7 @@ def test_errors_come_in_their_turn(our_threads: Callable[[], set[threading.Threa
         yield from range(4)
         raise OSError("the disk is gone")
 
-    found = []
+    found: list[object] = []
     with pytest.raises(OSError, match=r"^the disk is gone$"):
         found.extend(run_in_lanes(items(), lambda number: number, num_lanes=2))
     assert found == [0, 1, 2, 3]
