@@ -7,15 +7,22 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from transferkit.artifacts import save_artifact
+from transferkit.data.folders import find_images
 from transferkit.errors import ConfigError, DataError, ImageError, OutputError, TransferkitError
-from transferkit.inference import Failure, Prediction, Predictor, predict_to_file
+from transferkit.inference import Failure, Prediction, Predictor, network, predict_to_file
+from transferkit.models import BackboneSpec, build_model
+from transferkit.models.engines import make_engine
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -185,6 +192,30 @@ def test_no_pictures_give_a_header_alone(watched: Any, tmp_path: Path) -> None:
     assert out.read_bytes() == b"path,label,index,probability,abstains,error\r\n"
 
 
+def test_few_pictures_are_not_worth_the_choice_of_an_engine(
+    tiny_spec: BackboneSpec, pictures: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str] = []
+
+    def choose(part: torch.nn.Module, *_: Any, **options: Any) -> Any:
+        tried.append("auto")
+        return "pytorch", make_engine(part, device=options["device"]), ()
+
+    monkeypatch.setattr(network, "choose_engine", choose)
+    model = build_model(tiny_spec, 2, weights=None)
+    predictor = Predictor(model, class_names=("blue", "red"), device="cpu")
+    report = predict_to_file(predictor, pictures, tmp_path / "few.csv")
+    assert (report.engine, tried) == ("pytorch", [])
+    sharded = predict_to_file(predictor, pictures * 8, tmp_path / "part.csv", shard=(1, 2))
+    assert (sharded.num_images, tried) == (64, [])
+    # What was settled for these is not for others.
+    predict_to_file(predictor, pictures * 5, tmp_path / "many.csv", duplicates="each")
+    assert tried == ["auto"]
+    predictor = Predictor(model, class_names=("blue", "red"), device="cpu")
+    predict_to_file(predictor, iter(pictures), tmp_path / "unknown.csv")
+    assert tried == ["auto"] * 2
+
+
 def test_each_shard_has_its_own_pictures_and_file(
     watched: Any,
     pictures: list[Path],
@@ -202,6 +233,32 @@ def test_each_shard_has_its_own_pictures_and_file(
         rows = read(tmp_path / f"found-{rank:05}-of-00003.csv")
         assert [row["path"] for row in rows] == [str(path) for path in pictures[rank::3]]
     assert not out.exists()
+
+
+@pytest.mark.slow
+def test_processes_of_torchrun_share_a_folder(tiny_folder: Path, tmp_path: Path) -> None:
+    model = build_model("squeezenet1_1", 2, weights=None)
+    artifact = save_artifact(tmp_path / "m.safetensors", model, class_names=("blue", "red"))
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = ["predict", str(artifact), str(tiny_folder), "--out", str(tmp_path / "found.csv")]
+    result = subprocess.run(
+        [sys.executable, "-m", *launcher, "-m", "transferkit", *command, "--quiet"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert result.returncode == 0, result.stderr
+    paths = find_images(tiny_folder)
+    for rank in range(2):
+        rows = read(tmp_path / f"found-{rank:05}-of-00002.csv")
+        assert [row["path"] for row in rows] == [str(path) for path in paths[rank::2]]
+        assert not any(row["error"] for row in rows)
+    assert sorted(path.name for path in tmp_path.glob("found*")) == [
+        "found-00000-of-00002.csv",
+        "found-00001-of-00002.csv",
+    ]
 
 
 @pytest.mark.parametrize("environment", [{}, {"RANK": "0", "WORLD_SIZE": "1"}])

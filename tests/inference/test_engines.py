@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from transferkit.artifacts import save_artifact
 from transferkit.errors import ConfigError
 from transferkit.inference import Predictor, engine_choice
 from transferkit.models import BackboneSpec, Classifier, build_model, engines
+from transferkit.models.engine_facts import has_bfloat16
 
 NAMES = ("blue", "red")
 
@@ -96,6 +98,29 @@ def test_few_pictures_are_not_worth_a_choice(model: Classifier) -> None:
     many.expect(65)
     assert many.engine_name
     assert len(many.engine_report) == 3
+
+
+@pytest.mark.skipif(not has_bfloat16(torch.device("cpu")), reason="no bfloat16 on this machine")
+def test_few_pictures_in_bf16_are_computed_so_without_a_choice(
+    model: Classifier, picture: Path
+) -> None:
+    auto = Predictor(model, class_names=NAMES, device="cpu", precision="bf16")
+    named = Predictor(model, class_names=NAMES, device="cpu", precision="bf16", engine="pytorch")
+    exact = Predictor(model, class_names=NAMES, device="cpu").predict(picture)
+    for _ in range(2):
+        assert auto.predict(picture) == named.predict(picture) != exact
+    assert not auto.engine_report
+
+
+def test_a_copy_may_take_another_engine(model: Classifier, picture: Path) -> None:
+    predictor = Predictor(model, class_names=NAMES, device="cpu")
+    other = copy.copy(predictor)
+    other.prefer_engine("onnxruntime")
+    assert other.engine_name == "onnxruntime"
+    next(other.features_many([picture] * 65))
+    predictor.prefer_engine("pytorch")
+    assert predictor.engine_name == "pytorch"
+    assert other.model is predictor.model
 
 
 def test_wrong_values(model: Classifier) -> None:

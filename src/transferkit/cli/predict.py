@@ -118,8 +118,6 @@ def run_predict(options: argparse.Namespace) -> int:
     _check(options)
     predictor = _load(options)
     paths = _find(options.paths)
-    if options.engine == "auto" and not options.resume:
-        predictor.expect(len(paths))
     if options.out is not None:
         return _write(predictor, paths, options)
     found = predictor.predict_many(
@@ -209,11 +207,7 @@ def _write(predictor: Any, paths: list[Path], options: argparse.Namespace) -> in
         )
         return EXIT_INTERRUPTED
     if options.json:
-        summary = {
-            **report.to_dict(),
-            "engine": predictor.engine_name,
-            "precision": predictor.precision,
-        }
+        summary = {**report.to_dict(), "precision": predictor.precision}
         print(json.dumps(summary, indent=2))
     elif not options.quiet:
         print(_describe(report, predictor))
@@ -228,7 +222,7 @@ def _describe(report: Any, predictor: Any) -> str:
         "not readable": report.num_failed,
     }
     parts = ", ".join(f"{value:,} {name}" for name, value in counts.items() if value)
-    engine = f"{predictor.engine_name} in {predictor.precision}"
+    engine = f"{report.engine} in {predictor.precision}"
     return (
         f"Saved {report.num_images:,} pictures in {report.path} ({parts or 'none'}), by {engine} "
         f"in {report.seconds:.1f} s"

@@ -111,10 +111,12 @@ def predict_to_file(
     # An empty run says what is wrong with these before a journal is touched.
     list(predictor.predict_many([], **options))
     paths = find_paths(images)
+    total = count(paths, part)
     check_writable(target)
     run = BulkRun(
         predictor,
         target,
+        total=total,
         root=None if root is None else check_path("root", root),
         top_k=top_k,
         resume=resume,
@@ -123,7 +125,6 @@ def predict_to_file(
     is_whole = False
     try:
         options["on_error"] = "raise" if on_error == "raise" else "record"
-        total = count(paths, part)
         with tqdm(total=total, unit="picture", disable=None if progress else True) as bar:
             run.compute(
                 take_shard(paths, part), bar, with_digest=duplicates == "once", options=options

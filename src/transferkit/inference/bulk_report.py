@@ -19,6 +19,7 @@ class BulkReport:
         num_resumed: Those that an earlier run had done.
         num_failed: Those that could not be read.
         seconds: How long this run took.
+        engine: What ran the network.
     """
 
     path: Path
@@ -28,6 +29,7 @@ class BulkReport:
     num_resumed: int = 0
     num_failed: int = 0
     seconds: float = 0.0
+    engine: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain JSON data."""

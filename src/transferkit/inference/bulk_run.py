@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from array import array
 from collections import deque
@@ -14,6 +15,7 @@ from transferkit.errors import ConfigError, OutputError
 from transferkit.inference.bulk_inputs import Input, examine
 from transferkit.inference.bulk_report import BulkReport
 from transferkit.inference.journal import Entry, Journal, read_engine
+from transferkit.inference.network import MIN_WORTH_CHOOSING
 from transferkit.inference.offsets import OffsetTable, to_key
 from transferkit.inference.prediction import Failure, Prediction
 from transferkit.inference.predictor import Predictor
@@ -33,6 +35,7 @@ class BulkRun:
     Args:
         predictor: What predicts.
         out: The file that the results are for.
+        total: How many pictures there are, where somebody knows.
         root: The folder that paths are relative to; None leaves them as they are.
         top_k: The classes of a row.
         resume: Go on from the journal where there is one.
@@ -48,6 +51,7 @@ class BulkRun:
         predictor: Predictor,
         out: Path,
         *,
+        total: int | None,
         root: Path | None,
         top_k: int,
         resume: bool,
@@ -64,12 +68,18 @@ class BulkRun:
         self._digests_waiting: set[str] = set()
         self._has_failures = False
         place = out.with_name(out.name + JOURNAL_SUFFIX)
+        # Another one than the journal's might be the fastest today, and few are not worth a try.
         engine = read_engine(place) if resume else None
+        if engine is None and total is not None and total <= MIN_WORTH_CHOOSING:
+            engine = "pytorch"
         if engine is not None:
-            predictor.prefer_engine(engine)  # Another one might be the fastest today.
+            # For this run alone: the next one of the caller's may have a million pictures.
+            predictor = self._predictor = copy.copy(predictor)
+            predictor.prefer_engine(engine)
+        self.report.engine = predictor.engine_name
         settings = {
             "model": predictor.digest,
-            "engine": predictor.engine_name,
+            "engine": self.report.engine,
             "precision": predictor.precision,
             "threshold": predictor.threshold,
             "temperature": predictor.temperature,

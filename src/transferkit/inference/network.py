@@ -64,6 +64,7 @@ class Network:
         """What came of each engine that "auto" tried; empty before it did."""
         self._asked: EngineChoice = engine
         self._engine: tuple[EngineName, Engine] | None = None
+        self._engine_for_few: Engine | None = None
         self._lock = threading.RLock()
         self._part: nn.Module = model
 
@@ -100,12 +101,7 @@ class Network:
                 self._engine = name, engine
             elif self._engine is None:
                 named: EngineName = self._asked  # type: ignore[assignment]
-                self._engine = (
-                    named,
-                    make_named_engine(
-                        self._part, named, precision=self.precision, device=self.device
-                    ),
-                )
+                self._engine = named, self._make(named)
             return self._engine
 
     def engine_for(self, total: int | None) -> Engine | None:
@@ -115,9 +111,19 @@ class Network:
             total: How many pictures will come; None where nobody knows.
         """
         few = total is not None and total <= MIN_WORTH_CHOOSING
-        if self._engine is None and self._asked == "auto" and self.precision == "fp32" and few:
-            return None
-        return self.chosen()[1]
+        if self._engine is not None or self._asked != "auto" or not few:
+            return self.chosen()[1]
+        # The model as it is computes in float32.
+        return None if self.precision == "fp32" else self._for_few()
+
+    def _for_few(self) -> Engine:
+        with self._lock:
+            if self._engine_for_few is None:
+                self._engine_for_few = self._make("pytorch")
+            return self._engine_for_few
+
+    def _make(self, name: EngineName) -> Engine:
+        return make_named_engine(self._part, name, precision=self.precision, device=self.device)
 
     def batch_size_for(self, engine: Engine | None, total: int | None) -> int:
         """Return the batch size that suits an engine, by trying where that pays.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -129,6 +130,14 @@ class Predictor:
         self.tta: TTA | None = tta
         self._network = Network(model, device=place, engine=engine, precision=precision)
         self._backbone = self._network.of_backbone()
+
+    def __copy__(self) -> Self:
+        """Return a predictor of the same model, which may take another engine than this one."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other._network = copy.copy(self._network)
+        other._backbone = copy.copy(self._backbone)
+        return other
 
     @classmethod
     def load(
