@@ -76,7 +76,8 @@ def write_labels(options: argparse.Namespace) -> None:
         batch_size=options.batch_size,
         num_cpus=options.num_cpus,
         num_gpus=options.num_gpus,
-        compute=ray.data.ActorPoolStrategy(size=options.actors),
+        # The first begins as soon as it has its cores: Ray would wait for all of a fixed number.
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=options.actors),
     )
     # Ray would add to what is there, and a second run give each picture a second row.
     labels.write_parquet(options.out, mode=ray.data.SaveMode.ERROR)
@@ -88,7 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("artifact", help="as `Trainer.save` wrote it")
     parser.add_argument("folder", help="where the pictures are, at any depth")
     parser.add_argument("--out", required=True, help="a new folder for files of Parquet")
-    parser.add_argument("--actors", type=int, default=1, help="predictors (default: 1)")
+    parser.add_argument("--actors", type=int, default=1, help="predictors at most (default: 1)")
     parser.add_argument("--num-cpus", type=int, default=1, help="cores of each (default: 1)")
     parser.add_argument("--num-gpus", type=float, default=0, help="GPUs of each (default: 0)")
     parser.add_argument("--batch-size", type=int, default=128, help="pictures of a call")
