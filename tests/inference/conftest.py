@@ -1,16 +1,18 @@
-"""Predictors for bulk predictions: small, counting, and able to fail at a given picture."""
+"""Predictors: small, counting, able to fail at a given picture, asked by several threads."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
 
 from transferkit.data import ImageSplits
 from transferkit.inference import ClassProbability, Failure, Prediction, Predictor
-from transferkit.models import BackboneSpec, build_model
+from transferkit.models import BackboneSpec, Classifier, build_model
 
 NAMES = ("blue", "red")
 
@@ -45,6 +47,28 @@ class InstantPredictor(Predictor):
     def predict_many(self, images: Any, **options: Any) -> Iterator[Any]:
         top_k = (ClassProbability("blue", 0, 0.75),)
         return (Prediction(top_k, Path(path)) for path in images)
+
+
+@pytest.fixture
+def model(tiny_spec: BackboneSpec) -> Classifier:
+    return build_model(tiny_spec, 2, weights=None)
+
+
+@pytest.fixture
+def predict_in_threads() -> Callable[[Predictor, list[Path]], list[Any]]:
+    """Predict all pictures one by one, in each of four threads at a time."""
+
+    def predict(predictor: Predictor, paths: list[Path]) -> list[Any]:
+        with ThreadPoolExecutor(4) as pool:
+            begun = Barrier(4)
+
+            def run() -> list[Any]:
+                begun.wait()
+                return [predictor.predict(path).top_k for path in paths]
+
+            return [each.result() for each in [pool.submit(run) for _ in range(4)]]
+
+    return predict
 
 
 @pytest.fixture

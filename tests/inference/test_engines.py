@@ -12,15 +12,10 @@ from PIL import Image
 from transferkit.artifacts import save_artifact
 from transferkit.errors import ConfigError
 from transferkit.inference import Predictor, engine_choice
-from transferkit.models import BackboneSpec, Classifier, build_model, engines
+from transferkit.models import BackboneSpec, Classifier, engines
 from transferkit.models.engine_facts import has_bfloat16
 
 NAMES = ("blue", "red")
-
-
-@pytest.fixture
-def model(tiny_spec: BackboneSpec) -> Classifier:
-    return build_model(tiny_spec, 2, weights=None)
 
 
 @pytest.fixture

@@ -13,14 +13,9 @@ from torch import nn
 from transferkit.data import ImageSplits
 from transferkit.errors import BackboneError, ConfigError, ImageError
 from transferkit.inference import Failure, FeatureVector, Predictor, engine_choice
-from transferkit.models import BackboneSpec, Classifier, build_model
+from transferkit.models import Classifier, build_model
 
 NAMES = ("blue", "red")
-
-
-@pytest.fixture
-def model(tiny_spec: BackboneSpec) -> Classifier:
-    return build_model(tiny_spec, 2, weights=None)
 
 
 @pytest.fixture

@@ -124,18 +124,11 @@ def test_a_predictor_with_lanes_gives_the_same(
 
 @pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
 def test_threads_that_share_a_predictor_do_not_mix_up(
-    engine: Any, tiny_spec: BackboneSpec, paths: list[Path]
+    engine: Any,
+    tiny_spec: BackboneSpec,
+    paths: list[Path],
+    predict_in_threads: Callable[[Predictor, list[Path]], list[Any]],
 ) -> None:
     predictor = make_predictor(tiny_spec, engine, 2)
-    found: dict[int, list[Any]] = {}
-
-    def run(number: int) -> None:
-        found[number] = [predictor.predict(path).top_k for path in paths]
-
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(4)]
-    for each in threads:
-        each.start()
-    for each in threads:
-        each.join()
-    expected = [predictor.predict(path).top_k for path in paths]
-    assert list(found.values()) == [expected] * 4
+    found = predict_in_threads(predictor, paths)
+    assert found == [[predictor.predict(path).top_k for path in paths]] * 4

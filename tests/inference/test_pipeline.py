@@ -153,23 +153,15 @@ def test_workers_batches_and_mates_change_last_bits_only(
 
 
 def test_several_threads_with_a_model_in_training(
-    tiny_spec: BackboneSpec, paths: list[Path]
+    tiny_spec: BackboneSpec,
+    paths: list[Path],
+    predict_in_threads: Callable[[Predictor, list[Path]], list[Any]],
 ) -> None:
     model = build_model(tiny_spec, 2, weights=None).train()
     predictor = Predictor(model, class_names=("blue", "red"), device="cpu")
     expected = [predictor.predict(path).top_k for path in paths]
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    found: dict[int, list[Any]] = {}
-
-    def run(number: int) -> None:
-        found[number] = [predictor.predict(path).top_k for path in paths]
-
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(4)]
-    for each in threads:
-        each.start()
-    for each in threads:
-        each.join()
-    assert list(found.values()) == [expected] * 4
+    assert predict_in_threads(predictor, paths) == [expected] * 4
     assert model.training
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 

@@ -26,11 +26,6 @@ NAMES = ("blue", "red")
 
 
 @pytest.fixture
-def model(tiny_spec: BackboneSpec) -> Classifier:
-    return build_model(tiny_spec, 2, weights=None)
-
-
-@pytest.fixture
 def predictor(model: Classifier) -> Predictor:
     return Predictor(model, class_names=NAMES, device="cpu")
 

@@ -140,6 +140,7 @@ class ImageLoader:
                 busy with an unfinished pass.
             ImageError: A picture cannot be read; the message names its path.
             DataError: More pictures were skipped than `max_skipped` allows.
+            ProcessError: A worker process ended before its batch was read.
         """
         return (batch for _, batch in self.numbered_batches(epoch=epoch, start=start))
 
@@ -158,6 +159,7 @@ class ImageLoader:
             ConfigError: As for `batches`.
             ImageError: Likewise.
             DataError: Likewise.
+            ProcessError: Likewise.
         """
         epoch = check_integer("epoch", epoch, minimum=0)
         start = check_integer("start", start, minimum=0)
