@@ -480,6 +480,24 @@ def test_a_worker_that_is_killed_is_an_error_that_says_so(dataset: ImageDataset)
     )
 
 
+def leave_this_process(image: Tensor) -> Tensor:
+    os._exit(3)
+
+
+def test_a_worker_that_ends_by_itself_is_an_error_that_says_so(dataset: ImageDataset) -> None:
+    loader = ImageLoader(
+        dataset, PREPROCESS.train(leave_this_process), num_workers=1, worker_type="process"
+    )
+    with pytest.raises(ProcessError) as error:
+        next(loader.batches())
+    loader.close()
+    assert str(error.value) == (
+        "A worker process ended before its batch was read (exit code 3). What it printed says "
+        "why. It has to import what the transform and the data set are made of; "
+        '`worker_type="thread"` works in this process.'
+    )
+
+
 @pytest.mark.filterwarnings("ignore:Got pickle error when attempting:UserWarning")
 def test_what_cannot_be_sent_to_processes_is_an_error(dataset: ImageDataset) -> None:
     loader = ImageLoader(dataset, lambda image: image, num_workers=1, worker_type="spawn")

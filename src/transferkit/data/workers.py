@@ -235,23 +235,18 @@ class ProcessWorkers:
             yield from self._iterator
         except (RuntimeError, OSError, EOFError) as error:
             # Which of them it is depends on where in its work the process was ended.
-            lost = self._lost()
-            if lost is None:
+            code = self._exit_code()
+            if code is None:
                 raise
-            raise ProcessError(
-                f"A worker process ended before its batch was read ({lost}). The system may "
-                f"have ended it for want of memory: use fewer workers (`num_workers`), or "
-                f'`worker_type="thread"`, whose workers share the memory.'
-            ) from error
+            raise ProcessError(_explain(code)) from error
 
-    def _lost(self) -> str | None:
-        """Say how a process ended that should be there; None where all are."""
+    def _exit_code(self) -> int | None:
+        """Return how a process ended that should be there; None where all are."""
         workers: list[multiprocessing.Process] = self._iterator._workers
         for _ in range(20):  # Its connections end a moment before the process does.
             for worker in workers:
                 if worker.exitcode is not None:
-                    code = worker.exitcode
-                    return f"exit code {code}" if code >= 0 else f"signal {-code}"
+                    return worker.exitcode
             # PyTorch raises here, too, when it hears of an ended process.
             with suppress(RuntimeError):
                 time.sleep(0.05)
@@ -263,6 +258,20 @@ class ProcessWorkers:
             # A pass that was cut off may still be held by its caller, and its workers with it.
             self._iterator._shutdown_workers()
         self._iterator = None
+
+
+def _explain(code: int) -> str:
+    start = "A worker process ended before its batch was read"
+    if code >= 0:
+        return (
+            f"{start} (exit code {code}). What it printed says why. It has to import what the "
+            f"transform and the data set are made of; "
+            f'`worker_type="thread"` works in this process.'
+        )
+    return (
+        f"{start} (signal {-code}). The system may have ended it for want of memory: use fewer "
+        f'workers (`num_workers`), or `worker_type="thread"`, whose workers share the memory.'
+    )
 
 
 class _Passes:
