@@ -27,6 +27,9 @@ class WatchedPredictor(Predictor):
         self.stop_by: BaseException = KeyboardInterrupt()
 
     def predict_many(self, images: Any, **options: Any) -> Iterator[Any]:
+        # One by one, pictures have the same bits in a run that goes on as in one that did not stop.
+        if options.get("batch_size", "auto") == "auto":
+            options["batch_size"] = 1
         return self._watch(super().predict_many(self._note(images), **options))
 
     def _note(self, images: Any) -> Iterator[Any]:

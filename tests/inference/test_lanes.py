@@ -28,7 +28,7 @@ def our_threads() -> Callable[[], set[threading.Thread]]:
 
 def make_predictor(spec: BackboneSpec, engine: Any, num_lanes: int) -> Predictor:
     """Make a predictor as on a machine with so many cores."""
-    pytest.importorskip(engine)
+    pytest.importorskip({"pytorch": "torch"}.get(engine, engine))
     model = build_model(spec, 2, weights=None)
     predictor = Predictor(model, class_names=("blue", "red"), device="cpu", engine=engine)
     with pytest.MonkeyPatch.context() as patch:
@@ -107,7 +107,7 @@ def paths(tmp_path: Path) -> list[Path]:
     return found
 
 
-@pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
+@pytest.mark.parametrize("engine", ["pytorch", "openvino", "onnxruntime"])
 def test_a_predictor_with_lanes_gives_the_same(
     engine: Any, tiny_spec: BackboneSpec, paths: list[Path]
 ) -> None:
@@ -122,7 +122,7 @@ def test_a_predictor_with_lanes_gives_the_same(
             assert one.probability == pytest.approx(alone[0].probability, abs=1e-6)
 
 
-@pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
+@pytest.mark.parametrize("engine", ["pytorch", "openvino", "onnxruntime"])
 def test_threads_that_share_a_predictor_do_not_mix_up(
     engine: Any,
     tiny_spec: BackboneSpec,

@@ -14,10 +14,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from transferkit.data.workers import start_threads
 from transferkit.errors import BackboneError, ConfigError, MissingDependencyError
 from transferkit.models import build_model, engine_facts, engines
 from transferkit.models.engines import (
     choose_batch_size,
+    count_lanes,
     find_batch_size,
     make_engine,
 )
@@ -204,6 +206,55 @@ def test_description_follows_the_setting_of_matrix_products() -> None:
         assert engine.describe()["float32"].endswith(" tf32")
     finally:
         settings.fp32_precision = before
+
+
+class Noting(nn.Module):
+    """A network that keeps what it sees, and would mix it up if two threads ran it at a time."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.seen = torch.zeros(())
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        self.threads: list[int] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.seen = images
+        self.threads.append(torch.get_num_threads())
+        outputs: Tensor = self.inner(images)
+        assert self.seen is images
+        return outputs
+
+
+def test_lanes_of_pytorch_have_modules_of_their_own_and_one_core() -> None:
+    network = Noting(make_network())
+    engine = make_engine(network, device=CPU, num_lanes=3)
+    assert count_lanes(engine) == 3
+    images = [noise(number % 4 + 1) for number in range(40)]
+    with start_threads(3) as pool:
+        found = list(pool.map(engine, images))
+    for one, expected in zip(found, images, strict=True):
+        assert_close(one, evaluate(network, expected))
+    lanes: Any = [engine._networks.get() for _ in range(3)]  # type: ignore[attr-defined]
+    assert [threads for each in lanes for threads in each.threads] == [1] * len(images)
+    assert len({id(each.inner[0].weight) for each in lanes}) == 1
+    assert len({id(each.count) for each in lanes}) == 3
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_a_call_outside_of_a_lane_has_the_bits_of_one_in_it(num_threads: int) -> None:
+    network = build_model("resnet18", 2, weights=None).eval().backbone
+    engine = make_engine(network, device=CPU, num_lanes=2)
+    with start_threads(1) as pool:
+        expected = pool.submit(engine, noise(size=64)).result()
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        found = engine(noise(size=64))
+        assert torch.get_num_threads() == num_threads
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found, expected)
 
 
 class Switch(nn.Module):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from typing import Any, Literal, Protocol, TypeAlias, get_args
 
@@ -13,15 +12,10 @@ from transferkit._checks import check_choice
 from transferkit._seeding import generator_for
 from transferkit.errors import ConfigError
 from transferkit.models.conversion import ConvertedEngine
-from transferkit.models.engine_facts import (
-    describe_float32,
-    describe_processor,
-    has_bfloat16,
-    one_tensor,
-)
-from transferkit.models.folding import count_batch_norms, fold_batch_norms
+from transferkit.models.engine_facts import has_bfloat16
 from transferkit.models.onnx_engine import ONNXRuntimeEngine, import_onnx
 from transferkit.models.openvino_engine import OpenVINOEngine, import_openvino
+from transferkit.models.pytorch_engine import PyTorchEngine
 
 EngineName: TypeAlias = Literal["pytorch", "openvino", "onnxruntime"]
 Precision: TypeAlias = Literal["float32", "bfloat16"]
@@ -80,8 +74,8 @@ def make_engine(
         precision: What is computed in: "float32", or "bfloat16" where the processor has it;
             "onnxruntime" computes in float32 alone.
         device: Where it runs.
-        num_lanes: How many threads will call it at a time; "openvino" and "onnxruntime" compute
-            for so many side by side, each on its share of the cores.
+        num_lanes: How many threads will call it at a time; on the CPU it computes for so many
+            side by side, each on its share of the cores, "pytorch" on one.
 
     Returns:
         The engine.
@@ -101,12 +95,17 @@ def make_engine(
         return OpenVINOEngine(prefix, precision=precision, num_lanes=num_lanes)
     if engine == "onnxruntime":
         return ONNXRuntimeEngine(prefix, num_lanes=num_lanes)
-    return PyTorchEngine(prefix, precision=precision, device=device)
+    return PyTorchEngine(
+        prefix,
+        precision=precision,
+        device=device,
+        num_lanes=num_lanes if device.type == "cpu" else 1,
+    )
 
 
 def count_lanes(engine: Engine | None) -> int:
     """Return how many threads may call an engine at a time; 1 for the model as it is."""
-    return engine.num_lanes if isinstance(engine, ConvertedEngine) else 1
+    return engine.num_lanes if isinstance(engine, (ConvertedEngine, PyTorchEngine)) else 1
 
 
 def check_engine(engine: EngineName, precision: Precision, device: torch.device) -> None:
@@ -144,58 +143,6 @@ def check_engine(engine: EngineName, precision: Precision, device: torch.device)
             f"lacks: imitating them would be up to hundreds of times slower. Take "
             f'precision="float32".'
         )
-
-
-class PyTorchEngine:
-    """Run a copy of a network in PyTorch, channels-last, BatchNorm folded where it can be.
-
-    Args:
-        prefix: The network, from images `(N, C, H, W)` to `(N, ...)`; it is not changed.
-        precision: What is computed in, "float32" or "bfloat16".
-        device: Where it runs.
-    """
-
-    def __init__(self, prefix: nn.Module, *, precision: Precision, device: torch.device) -> None:
-        self._network = copy.deepcopy(prefix).eval().requires_grad_(False).to(device)
-        self._precision = precision
-        self._device = device
-        count = count_batch_norms(self._network)
-        self._num_folded = fold_batch_norms(self._network)
-        self._num_kept = count - self._num_folded
-        for parameter in self._network.parameters():
-            if parameter.dim() == 4:
-                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Return float32 `(N, ...)`, on the device, for images float32 `(N, C, H, W)`.
-
-        Raises:
-            BackboneError: The network does not give one tensor with a row for each image.
-        """
-        ready = images.to(self._device, torch.float32, memory_format=torch.channels_last)
-        lowered = torch.autocast(
-            self._device.type, torch.bfloat16, enabled=self._precision == "bfloat16"
-        )
-        # Not `inference_mode`, whose tensors no graph of gradients takes: it is no faster.
-        with torch.no_grad(), lowered:
-            return one_tensor(self._network(ready), len(images)).float()
-
-    def describe(self) -> dict[str, Any]:
-        """Return all that can change the bits of its results, as plain JSON data.
-
-        `num_kept` counts the BatchNorm layers that run as they are: those that no
-        convolution precedes, or whose network's forward pass cannot be traced.
-        """
-        return {
-            "engine": "pytorch",
-            "engine_version": str(torch.__version__),
-            "precision": self._precision,
-            "memory_format": "channels_last",
-            "num_folded": self._num_folded,
-            "num_kept": self._num_kept,
-            "float32": describe_float32(self._device),
-            "processor": describe_processor(self._device),
-        }
 
 
 def find_batch_size(engine: Engine, image_shape: tuple[int, int, int]) -> int:

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+from transferkit.models.tracing import (
+    CONVOLUTIONS,
+    TracedPart,
+    is_timm_class,
+    replace_module,
+    trace_parts,
+)
+
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 # timm's classes that compute what their base class computes, with "same" padding before it or
 # dropout and an activation after it. Other subclasses may compute anything.
-_TIMM_CONVOLUTION = "Conv2dSame"
+TIMM_CONVOLUTION = "Conv2dSame"
 _TIMM_BATCH_NORM = "BatchNormAct2d"
-
-
-class _LayerTracer(fx.Tracer):
-    """Trace how layers are called one after the other, without looking into them."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        is_layer = isinstance(m, (*_CONVOLUTIONS, _BatchNorm))
-        return is_layer or super().is_leaf_module(m, module_qualified_name)
 
 
 def fold_batch_norms(network: nn.Module) -> int:
@@ -45,17 +43,11 @@ def fold_batch_norms(network: nn.Module) -> int:
         >>> fold_batch_norms(network), network[1]
         (1, Identity())
     """
-    pairs = list(_find_pairs(network))
+    pairs = [pair for part in trace_parts(network) for pair in _find_pairs(part)]
     for convolution, batch_norm in pairs:
         _fold(convolution, batch_norm)
-        _replace(network, batch_norm, _rest_of(batch_norm))
+        replace_module(network, batch_norm, _rest_of(batch_norm))
     return len(pairs)
-
-
-def _find_shared(network: nn.Module) -> set[int]:
-    """Return the modules that have several places in a network, by their `id`."""
-    places = Counter(id(module) for _, module in network.named_modules(remove_duplicate=False))
-    return {module for module, count in places.items() if count > 1}
 
 
 def count_batch_norms(network: nn.Module) -> int:
@@ -63,50 +55,26 @@ def count_batch_norms(network: nn.Module) -> int:
     return sum(isinstance(module, _BatchNorm) for module in network.modules())
 
 
-def _find_pairs(network: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+def _find_pairs(part: TracedPart) -> Iterator[tuple[nn.Module, nn.Module]]:
     """Yield each convolution whose output one BatchNorm layer sees and nothing else does."""
-    try:
-        nodes = list(_LayerTracer().trace(network).nodes)
-    except Exception:  # Whatever Python a forward pass runs on a stand-in for a tensor.
-        # What stands in several of its parts may be called by each of them.
-        shared = _find_shared(network)
-        for child in network.children():
-            yield from (pair for pair in _find_pairs(child) if shared.isdisjoint(map(id, pair)))
-        return
-    modules = dict(network.named_modules())
-    calls = Counter(node.target for node in nodes if node.op == "call_module")
-    read = {str(node.target).rpartition(".")[0] for node in nodes if node.op == "get_attr"}
-    for node in nodes:
-        before = node.args[0] if node.op == "call_module" and node.args else None
-        if not isinstance(before, fx.Node) or before.op != "call_module":
+    for node in part.nodes:
+        convolution, after = part.layer(node), part.follower(node)
+        batch_norm = None if after is None else part.layer(after)
+        if convolution is None or batch_norm is None:
             continue
-        names = (str(before.target), str(node.target))
-        alone = len(before.users) == 1 and all(calls[name] == 1 for name in names)
-        first, second = (modules[name] for name in names)
-        if alone and read.isdisjoint(names) and _are_foldable(first, second):
-            yield first, second
+        if _are_foldable(convolution, batch_norm):
+            yield convolution, batch_norm
 
 
 def _are_foldable(convolution: nn.Module, batch_norm: nn.Module) -> bool:
-    is_pair = (type(convolution) in _CONVOLUTIONS or _is_timm(convolution, _TIMM_CONVOLUTION)) and (
-        type(batch_norm) in _BATCH_NORMS or _is_timm(batch_norm, _TIMM_BATCH_NORM)
-    )
+    is_convolution = type(convolution) in CONVOLUTIONS
+    is_batch_norm = type(batch_norm) in _BATCH_NORMS
     return (
-        is_pair
+        (is_convolution or is_timm_class(convolution, TIMM_CONVOLUTION))
+        and (is_batch_norm or is_timm_class(batch_norm, _TIMM_BATCH_NORM))
         and not batch_norm.training
         and getattr(batch_norm, "running_mean", None) is not None
-        and not _has_hooks(convolution)
-        and not _has_hooks(batch_norm)
     )
-
-
-def _is_timm(module: nn.Module, name: str) -> bool:
-    kind = type(module)
-    return kind.__name__ == name and kind.__module__.partition(".")[0] == "timm"
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 @torch.no_grad()
@@ -128,14 +96,6 @@ def _fold(convolution: Any, batch_norm: Any) -> None:
 
 
 def _rest_of(batch_norm: Any) -> nn.Module:
-    if _is_timm(batch_norm, _TIMM_BATCH_NORM):
+    if is_timm_class(batch_norm, _TIMM_BATCH_NORM):
         return nn.Sequential(batch_norm.drop, batch_norm.act)
     return nn.Identity()
-
-
-def _replace(network: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put a module in the place of another, under each of its names."""
-    for parent in network.modules():
-        for name, child in parent._modules.items():  # `named_children` names each once.
-            if child is old:
-                parent._modules[name] = new
