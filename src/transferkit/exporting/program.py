@@ -70,6 +70,11 @@ def export_program(
         torch.export.save(program, written, extra_files={METADATA_FILE: metadata})
     with atomic_path(target) as temporary:
         temporary.write_bytes(written.getbuffer())
-        with conversion_to("a program of `torch.export`"), temporary.open("rb") as file:
+        with (
+            conversion_to("a program of `torch.export`"),
+            temporary.open("rb") as file,
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")  # As above.
             subject.check(torch.export.load(file).module(), "a program of `torch.export`")
     return target
