@@ -13,7 +13,8 @@ given.
 "cold" is the time from the start of a process to the last label: imports, the network, the choice
 of an engine and all. "warm" is that of another pass in the same process. "/ peer" is the speed
 over that of the fastest peer, cold or warm. "others" counts the pictures that got another label
-than from the plain loop, or from the first side where that does not run.
+than from the plain loop, or from the first side where that does not run. Below the rows of a
+network stands how many got another label from one side of transferkit than from another.
 
 "engine" runs the network on batches that lie in memory, "decoder" decodes, resizes and normalises
 with the threads of `predict_many`; each has all cores. Where they share them, a picture takes the
@@ -185,6 +186,9 @@ def report(backbone: str, sides: list[Side]) -> None:
         others = sum(one != two for one, two in zip(each.labels, expected, strict=False))
         cells.append(f"{others} of {count}" if each.labels else "")
         print(f"| {' | '.join(cells)} |", flush=True)
+    ours = [each.labels for each in measured if not each.is_peer and each.labels]
+    apart = sum(len(set(labels)) > 1 for labels in zip(*ours, strict=True))
+    print(f"| {backbone} | transferkit's, apart | | | | | | | {apart} of {count} |", flush=True)
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from transferkit.data.workers import start_threads
 from transferkit.errors import BackboneError, ConfigError, MissingDependencyError
+from transferkit.inference.lanes import run_in_lanes
 from transferkit.models import build_model, engine_facts, engines
 from transferkit.models.engines import (
     choose_batch_size,
@@ -239,6 +240,22 @@ def test_lanes_of_pytorch_have_modules_of_their_own_and_one_core() -> None:
     assert [threads for each in lanes for threads in each.threads] == [1] * len(images)
     assert len({id(each.inner[0].weight) for each in lanes}) == 1
     assert len({id(each.count) for each in lanes}) == 3
+
+
+def test_lanes_of_pytorch_share_the_cores() -> None:
+    network = Noting(make_network())
+    before = torch.get_num_threads()
+    torch.set_num_threads(5)
+    try:
+        engine = make_engine(network, device=CPU, num_lanes=2)
+        engine(noise())
+        outputs = list(run_in_lanes(iter([noise()] * 4), engine, num_lanes=2))
+        assert torch.get_num_threads() == 5
+    finally:
+        torch.set_num_threads(before)
+    assert len(outputs) == 4
+    lanes: Any = [engine._networks.get() for _ in range(2)]  # type: ignore[attr-defined]
+    assert [threads for each in lanes for threads in each.threads] == [2] * 5
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])

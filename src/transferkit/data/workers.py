@@ -149,30 +149,34 @@ class _Pending:
 _starting = Lock()
 
 
-def start_threads(num_workers: int) -> ThreadPoolExecutor:
-    """Start threads in which PyTorch computes with one core each.
+def start_threads(num_workers: int, *, cores_each: int = 1) -> ThreadPoolExecutor:
+    """Start threads in which PyTorch computes with one core each, or a few.
 
     Otherwise each of them would use all cores, and get in the way of the others.
     PyTorch keeps the number by thread once a thread has computed something, and has one
     number for threads to come, which is put back.
+
+    Args:
+        num_workers: The number of threads.
+        cores_each: The number of cores for each.
     """
-    with _starting:  # Another caller would take our one core for what it has to put back.
-        return _start_threads(num_workers)
+    with _starting:  # Another caller would take our number for what it has to put back.
+        return _start_threads(num_workers, cores_each)
 
 
-def _start_threads(num_workers: int) -> ThreadPoolExecutor:
+def _start_threads(num_workers: int, cores_each: int) -> ThreadPoolExecutor:
     pool = ThreadPoolExecutor(num_workers, thread_name_prefix="transferkit-loader")
     barrier = Barrier(num_workers + 1)
     num_cores = torch.get_num_threads()
 
-    def use_one_core() -> None:
-        torch.set_num_threads(1)
+    def take_cores() -> None:
+        torch.set_num_threads(cores_each)
         torch.zeros(2**20).add_(1)
         barrier.wait()
 
     try:
         for _ in range(num_workers):
-            pool.submit(use_one_core)
+            pool.submit(take_cores)
         barrier.wait()
     except BaseException:
         barrier.abort()  # Those that did start would wait for ever.

@@ -9,6 +9,7 @@ from itertools import islice
 from typing import TypeVar
 
 from transferkit.data.workers import start_threads
+from transferkit.models.engine_facts import cores_of_a_lane
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -20,8 +21,9 @@ def run_in_lanes(
     """Run a function on items, several at a time, and yield what it gives in their order.
 
     The iterator of the items is advanced in the caller's thread, by one item more than are run
-    at a time. The threads have ended when this iterator has, or is closed. An error of the
-    function or of the items comes when its turn does.
+    at a time. In each of the threads PyTorch computes with its share of the caller's cores. They
+    have ended when this iterator has, or is closed. An error of the function or of the items
+    comes when its turn does.
 
     Args:
         items: The items; they may be endless.
@@ -34,7 +36,7 @@ def run_in_lanes(
     if num_lanes == 1:
         yield from map(run, items)
         return
-    pool = start_threads(num_lanes)
+    pool = start_threads(num_lanes, cores_each=cores_of_a_lane(num_lanes))
     waiting: deque[Future[_Result]] = deque()
     error: Exception | None = None
     try:

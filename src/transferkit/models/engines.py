@@ -75,7 +75,7 @@ def make_engine(
             "onnxruntime" computes in float32 alone.
         device: Where it runs.
         num_lanes: How many threads will call it at a time; on the CPU it computes for so many
-            side by side, each on its share of the cores, "pytorch" on one.
+            side by side, each on its share of the cores.
 
     Returns:
         The engine.

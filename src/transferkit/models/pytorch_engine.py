@@ -10,7 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from transferkit.data.workers import start_threads
-from transferkit.models.engine_facts import describe_float32, describe_processor, one_tensor
+from transferkit.models.engine_facts import (
+    cores_of_a_lane,
+    describe_float32,
+    describe_processor,
+    one_tensor,
+)
 from transferkit.models.folding import count_batch_norms, fold_batch_norms
 from transferkit.models.fusing import fuse_convolutions
 from transferkit.models.tracing import copy_modules
@@ -24,8 +29,8 @@ class PyTorchEngine:
         precision: What is computed in, "float32" or "bfloat16".
         device: Where it runs.
         num_lanes: How many threads may call it at a time. Where there are several, each call
-            computes on one core, so that it waits for no other; a thread that would compute on
-            more hands its call to one that does not, for the sake of the same bits.
+            computes on its share of the cores that PyTorch has now, so that it waits for no
+            other; a thread with more hands its call to one with so many, for the same bits.
     """
 
     def __init__(
@@ -35,6 +40,7 @@ class PyTorchEngine:
         self._precision = precision
         self._device = device
         self.num_lanes: int = num_lanes
+        self._num_cores = cores_of_a_lane(num_lanes)
         count = count_batch_norms(network)
         self._num_folded = fold_batch_norms(network)
         self._num_kept = count - self._num_folded
@@ -55,8 +61,8 @@ class PyTorchEngine:
         Raises:
             BackboneError: The network does not give one tensor with a row for each image.
         """
-        if self.num_lanes > 1 and torch.get_num_threads() > 1:
-            with start_threads(1) as pool:
+        if self.num_lanes > 1 and torch.get_num_threads() != self._num_cores:
+            with start_threads(1, cores_each=self._num_cores) as pool:
                 return pool.submit(self._run, images).result()
         return self._run(images)
 
