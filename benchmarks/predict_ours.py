@@ -21,7 +21,7 @@ from transferkit.data.loader import num_cores
 from transferkit.data.workers import start_threads
 from transferkit.inference.engine_choice import make_named_engine
 from transferkit.inference.lanes import run_in_lanes
-from transferkit.models.engines import choose_batch_size, count_lanes
+from transferkit.models.engines import choose_batch_size, count_cores, count_lanes
 
 Task: TypeAlias = "Mapping[str, Any]"
 Label: TypeAlias = "Callable[[Sequence[str]], list[str]]"
@@ -85,7 +85,11 @@ def make_engine_alone(task: Task, *, engine: Any, precision: Any) -> Label:
             parts = (torch.stack(images[start : start + size]) for start in starts)
             batches.extend(each.contiguous(memory_format=torch.channels_last) for each in parts)
         with buffers_kept():
-            outputs = list(run_in_lanes(iter(batches), run, num_lanes=count_lanes(run)))
+            outputs = list(
+                run_in_lanes(
+                    iter(batches), run, num_lanes=count_lanes(run), cores_each=count_cores(run)
+                )
+            )
         return [predictor.class_names[index] for index in torch.cat(outputs).argmax(1).tolist()]
 
     return label

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from transferkit._seeding import MAX_SEED, check_seed, seeded, seeded_torch
+from transferkit._seeding import MAX_SEED, check_seed, seed_torch, seeded, seeded_torch
 from transferkit.errors import ConfigError
 
 Draw = tuple[float, float, float]
@@ -92,6 +92,20 @@ def test_torch_block_is_seeded_and_the_callers_state_untouched(device: str) -> N
     assert draw() == expected
 
 
+def test_block_on_the_cpu_seeds_no_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError
+
+    for place, name in (
+        (torch, "manual_seed"),
+        (torch.cuda, "manual_seed"),
+        (torch.cuda, "manual_seed_all"),
+    ):
+        monkeypatch.setattr(place, name, fail)
+    with seeded_torch(7, torch.device("cpu")):
+        seed_torch(torch.device("cpu"), 1, 2)
+
+
 def test_torch_block_puts_the_state_back_after_an_error() -> None:
     expected = next_draw_without_drawing()
     with pytest.raises(RuntimeError):
@@ -104,6 +118,8 @@ def test_state_of_an_mps_device_is_put_back(monkeypatch: pytest.MonkeyPatch) -> 
     restored: list[torch.Tensor] = []
     monkeypatch.setattr(torch.mps, "get_rng_state", lambda: state)
     monkeypatch.setattr(torch.mps, "set_rng_state", restored.append)
+    seeds: list[int] = []
+    monkeypatch.setattr(torch.mps, "manual_seed", seeds.append)
     expected = next_draw_without_drawing()
     with seeded_torch(7, torch.device("mps")):
         on_mps = float(torch.rand(()))
@@ -111,6 +127,7 @@ def test_state_of_an_mps_device_is_put_back(monkeypatch: pytest.MonkeyPatch) -> 
         assert float(torch.rand(())) == on_mps
     assert len(restored) == 1
     assert restored[0] is state
+    assert seeds == [7]
     assert draw() == expected
 
 

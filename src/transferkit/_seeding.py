@@ -95,7 +95,7 @@ def seeded_torch(seed: int, device: torch.device) -> Iterator[None]:
         state = torch.mps.get_rng_state()
         try:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
+                _seed(device, seed)
                 yield
         finally:
             torch.mps.set_rng_state(state)
@@ -105,7 +105,7 @@ def seeded_torch(seed: int, device: torch.device) -> Iterator[None]:
         devices=[device] if accelerated else [],
         device_type=device.type if accelerated else "cuda",
     ):
-        torch.manual_seed(seed)
+        _seed(device, seed)
         yield
 
 
@@ -116,7 +116,11 @@ def seed_torch(device: torch.device, *entropy: int) -> None:
         device: The device.
         *entropy: Non-negative integers, such as (seed, epoch, batch).
     """
-    seed = int(_words(entropy)[2])
+    _seed(device, int(_words(entropy)[2]))
+
+
+def _seed(device: torch.device, seed: int) -> None:
+    """Seed the generators of the CPU and of one device; `torch.manual_seed` seeds all there are."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index

@@ -5,7 +5,9 @@ import os
 import random
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import BrokenBarrierError
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ from transferkit.data import (
 )
 from transferkit.data.cache import LocalCache, SharedCache
 from transferkit.data.loader import resolve_num_workers
+from transferkit.data.workers import start_threads
 from transferkit.errors import ConfigError, DataError, ImageError, ProcessError
 from transferkit.images import Preprocess
 
@@ -203,6 +206,39 @@ def test_threads_leave_the_number_of_cores_alone(dataset: ImageDataset, num_work
     before = torch.get_num_threads()
     read(dataset, 0, num_workers=num_workers, worker_type="thread")
     assert torch.get_num_threads() == before
+
+
+def cores_of_a_new_thread() -> int:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(torch.get_num_threads).result()
+
+
+def test_threads_of_a_thread_with_fewer_cores_leave_later_ones_alone() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with start_threads(1) as pool:
+            own = pool.submit(torch.get_num_threads).result()
+            with pool.submit(start_threads, 2, cores_each=2).result() as inner:
+                found = {inner.submit(torch.get_num_threads).result() for _ in range(8)}
+            assert (own, found) == (1, {2})
+            assert pool.submit(torch.get_num_threads).result() == 1
+        assert cores_of_a_new_thread() == torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_thread_without_memory_does_not_keep_the_others_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    before = cores_of_a_new_thread()
+    monkeypatch.setattr(torch, "zeros", fail)
+    with pytest.raises(BrokenBarrierError):
+        start_threads(2)
+    assert cores_of_a_new_thread() == before
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

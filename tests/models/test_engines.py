@@ -5,8 +5,10 @@ import json
 import re
 import subprocess
 import sys
+import threading
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from transferkit.inference.lanes import run_in_lanes
 from transferkit.models import build_model, engine_facts, engines
 from transferkit.models.engines import (
     choose_batch_size,
+    count_cores,
     count_lanes,
     find_batch_size,
     make_engine,
@@ -229,15 +232,21 @@ class Noting(nn.Module):
 
 def test_lanes_of_pytorch_have_modules_of_their_own_and_one_core() -> None:
     network = Noting(make_network())
-    engine = make_engine(network, device=CPU, num_lanes=3)
-    assert count_lanes(engine) == 3
     images = [noise(number % 4 + 1) for number in range(40)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        engine = make_engine(network, device=CPU, num_lanes=3)
+    finally:
+        torch.set_num_threads(before)
+    assert count_lanes(engine) == 3
     with start_threads(3) as pool:
         found = list(pool.map(engine, images))
     for one, expected in zip(found, images, strict=True):
         assert_close(one, evaluate(network, expected))
     lanes: Any = [engine._networks.get() for _ in range(3)]  # type: ignore[attr-defined]
-    assert [threads for each in lanes for threads in each.threads] == [1] * len(images)
+    threads = [number for each in lanes for number in each.threads]
+    assert threads == [1] * (len(images) + 1)  # One for the comparison.
     assert len({id(each.inner[0].weight) for each in lanes}) == 1
     assert len({id(each.count) for each in lanes}) == 3
 
@@ -249,13 +258,15 @@ def test_lanes_of_pytorch_share_the_cores() -> None:
     try:
         engine = make_engine(network, device=CPU, num_lanes=2)
         engine(noise())
-        outputs = list(run_in_lanes(iter([noise()] * 4), engine, num_lanes=2))
+        lanes = {"num_lanes": count_lanes(engine), "cores_each": count_cores(engine)}
+        assert lanes == {"num_lanes": 2, "cores_each": 2}
+        outputs = list(run_in_lanes(iter([noise()] * 4), engine, **lanes))
         assert torch.get_num_threads() == 5
     finally:
         torch.set_num_threads(before)
     assert len(outputs) == 4
-    lanes: Any = [engine._networks.get() for _ in range(2)]  # type: ignore[attr-defined]
-    assert [threads for each in lanes for threads in each.threads] == [2] * 5
+    networks: Any = [engine._networks.get() for _ in range(2)]  # type: ignore[attr-defined]
+    assert [number for each in networks for number in each.threads] == [2] * 6
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])
@@ -272,6 +283,91 @@ def test_a_call_outside_of_a_lane_has_the_bits_of_one_in_it(num_threads: int) ->
     finally:
         torch.set_num_threads(before)
     assert torch.equal(found, expected)
+
+
+class Tapped(nn.Module):
+    """A network whose forward pass asks its layers for their classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = make_network()
+
+    def forward(self, images: Tensor) -> Tensor:
+        outputs, taps = images, []
+        for layer in self.layers:
+            outputs = layer(outputs)
+            if isinstance(layer, (nn.ReLU, nn.BatchNorm2d)):
+                taps.append(outputs.mean(dim=(1, 2, 3), keepdim=True))
+        return outputs + torch.stack(taps).sum(0)
+
+
+class Listed(nn.Module):
+    """A network that also keeps its layers where no engine looks for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = make_network()
+        self.order = list(self.layers)
+
+    def forward(self, images: Tensor) -> Tensor:
+        for layer in self.order:
+            images = layer(images)
+        return images
+
+
+@pytest.mark.parametrize("make", [Tapped, Listed])
+@pytest.mark.parametrize("num_lanes", [1, 2])
+def test_a_network_that_fewer_layers_change_runs_as_it_is(
+    make: Callable[[], nn.Module], num_lanes: int
+) -> None:
+    network = make()
+    engine = make_engine(network, device=CPU, num_lanes=num_lanes)
+    assert engine.describe()["num_folded"] == 1
+    for images in (noise(), noise(1), noise(5)):
+        assert_close(engine(images), evaluate(network, images))
+
+
+def test_a_network_that_gives_no_numbers_gives_none() -> None:
+    network = make_network()
+    nn.init.constant_(network.get_parameter("0.weight"), float("nan"))
+    network.append(nn.Conv2d(6, 2, 1)).append(nn.ReLU())
+    engine = make_engine(network, device=CPU)
+    assert engine(noise()).isnan().all()
+
+
+def test_an_engine_is_made_while_others_compute() -> None:
+    network = build_model("squeezenet1_1", 2, weights=None).eval()
+    images, is_over = noise(1, size=64), threading.Event()
+    with torch.no_grad():
+        expected = network(images)
+
+    def compute() -> int:
+        number = 0
+        with torch.no_grad():
+            while not is_over.is_set() or not number:
+                assert torch.equal(network(images), expected)
+                number += 1
+        return number
+
+    def make() -> None:
+        other = copy.deepcopy(network.backbone)
+        assert_close(make_engine(other, device=CPU)(images), evaluate(other, images))
+
+    call = nn.Module.__call__
+    with start_threads(4) as pool:
+        computing = [pool.submit(compute) for _ in range(2)]
+        try:
+            for each in [pool.submit(make) for _ in range(6)]:
+                each.result()
+        finally:
+            is_over.set()
+        assert all(each.result() for each in computing)
+    assert nn.Module.__call__ is call
+
+
+def test_names_of_precisions_are_the_callers() -> None:
+    with pytest.raises(ConfigError, match=r'found precision="bf16"\. Take precision="fp32"'):
+        engines.check_engine("onnxruntime", "bfloat16", CPU, spelled=("fp32", "bf16"))
 
 
 class Switch(nn.Module):
@@ -365,7 +461,7 @@ class Sum(nn.Module):
 
 @pytest.mark.parametrize(("network", "found"), [(Pair(), "tuple"), (Sum(), "the shape (2,)")])
 def test_networks_give_one_tensor_with_a_row_for_each_image(network: nn.Module, found: str) -> None:
-    message = f"The network should give one tensor with a row for each of 3 images, found {found}."
+    message = f"The network should give one tensor with a row for each of 2 images, found {found}."
     with pytest.raises(BackboneError, match=f"^{re.escape(message)}$"):
         make_engine(network, device=CPU)(noise())
 

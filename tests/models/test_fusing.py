@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import platform
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +12,7 @@ from tests.models.test_folding import difference, noise, settle
 from torch import Tensor, nn
 
 from transferkit.models import build_model, fusing
+from transferkit.models.engines import make_engine
 from transferkit.models.folding import fold_batch_norms
 from transferkit.models.fusing import (
     FusedConvolution,
@@ -45,6 +48,29 @@ FAMILIES = {
     "efficientnet_b0": (81, 49),
     "convnext_tiny": (22, 0),
 }
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() != "x86_64", reason="may lack oneDNN"
+)
+def test_linux_on_x86_has_them() -> None:
+    assert has_fused_convolutions()
+    engine = make_engine(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), device=torch.device("cpu"))
+    assert engine.describe()["num_fused"] == 1
+
+
+@pytest.mark.usefixtures("_tried_anew")
+def test_what_the_caller_computes_in_does_not_matter() -> None:
+    expected, state = has_fused_convolutions(), torch.get_rng_state()
+    for each in (torch.float64, torch.bfloat16):
+        has_fused_convolutions.cache_clear()
+        torch.set_default_dtype(each)
+        try:
+            with torch.autocast("cpu", torch.bfloat16):
+                assert has_fused_convolutions() is expected
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @needs_onednn
@@ -174,6 +200,15 @@ def test_what_onednn_would_compute_otherwise_stays() -> None:
         assert fuse_convolutions(fused) == count
         assert type(fused[1]) is type(layers[1])
         assert difference(network, fused, noise(8)) < 1e-6
+    for name in ("forward", "_conv_forward"):
+        patched = nn.Conv2d(3, 4, 3)
+        setattr(patched, name, lambda images, *_: images.flip(1))
+        assert fuse_convolutions(nn.Sequential(patched, nn.ReLU())) == 0
+        assert fold_batch_norms(nn.Sequential(patched, nn.BatchNorm2d(4)).eval()) == 0
+    act = nn.ReLU()
+    act.forward = torch.tanh  # type: ignore[method-assign]
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), act)
+    assert (fuse_convolutions(network), network[1]) == (1, act)
     half = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).to(torch.bfloat16)
     assert fuse_convolutions(half) == 0
 

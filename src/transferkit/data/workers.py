@@ -154,7 +154,7 @@ def start_threads(num_workers: int, *, cores_each: int = 1) -> ThreadPoolExecuto
 
     Otherwise each of them would use all cores, and get in the way of the others.
     PyTorch keeps the number by thread once a thread has computed something, and has one
-    number for threads to come, which is put back.
+    number for threads to come, which is put back. The caller's own stays as it is.
 
     Args:
         num_workers: The number of threads.
@@ -167,23 +167,29 @@ def start_threads(num_workers: int, *, cores_each: int = 1) -> ThreadPoolExecuto
 def _start_threads(num_workers: int, cores_each: int) -> ThreadPoolExecutor:
     pool = ThreadPoolExecutor(num_workers, thread_name_prefix="transferkit-loader")
     barrier = Barrier(num_workers + 1)
-    num_cores = torch.get_num_threads()
 
     def take_cores() -> None:
-        torch.set_num_threads(cores_each)
-        torch.zeros(2**20).add_(1)
+        try:
+            torch.set_num_threads(cores_each)
+            torch.zeros(2**20).add_(1)
+        except BaseException:
+            barrier.abort()
+            raise
         barrier.wait()
 
-    try:
-        for _ in range(num_workers):
-            pool.submit(take_cores)
-        barrier.wait()
-    except BaseException:
-        barrier.abort()  # Those that did start would wait for ever.
-        pool.shutdown(wait=False, cancel_futures=True)
-        raise
-    finally:
-        torch.set_num_threads(num_cores)
+    # A new thread has the number for threads to come, where this one may have its own.
+    with ThreadPoolExecutor(1, thread_name_prefix="transferkit-cores") as keeper:
+        num_cores = keeper.submit(torch.get_num_threads).result()
+        try:
+            for _ in range(num_workers):
+                pool.submit(take_cores)
+            barrier.wait()
+        except BaseException:
+            barrier.abort()  # Those that did start would wait for ever.
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+        finally:
+            keeper.submit(torch.set_num_threads, num_cores).result()
     return pool
 
 

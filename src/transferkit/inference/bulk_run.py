@@ -29,8 +29,7 @@ _NOT_YET = -1
 class BulkRun:
     """Predict pictures into a journal, and read from it what belongs into the output.
 
-    Of a picture that is done, only its offset in the journal stays in memory. The pictures may
-    be drawn by a thread of the predictor's, so that all state is changed under a lock.
+    Of a picture that is done, only its offset in the journal stays in memory.
 
     Args:
         predictor: What predicts.

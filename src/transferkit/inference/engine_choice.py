@@ -20,6 +20,7 @@ from transferkit.models.engines import (
     EngineName,
     check_engine,
     choose_batch_size,
+    count_cores,
     count_lanes,
     make_engine,
 )
@@ -64,7 +65,7 @@ def check_choice_of_engine(engine: str, precision: str, device: torch.device) ->
     check_choice("engine", engine, get_args(EngineChoice))
     check_choice("precision", precision, get_args(InferencePrecision))
     name: EngineName = "pytorch" if engine == "auto" else engine  # type: ignore[assignment]
-    check_engine(name, _PRECISIONS[precision], device)
+    check_engine(name, _PRECISIONS[precision], device, spelled=get_args(InferencePrecision))
 
 
 def make_named_engine(
@@ -72,12 +73,14 @@ def make_named_engine(
 ) -> Engine:
     """Make the engine of a name, with the weights that the network has now."""
     # What runs in one thread each never waits for another one that has to give way to readers.
+    # Of many cores each lane has as many as the others.
+    num_cores = torch.get_num_threads()
     return make_engine(
         network,
         engine=name,
         precision=_PRECISIONS[precision],
         device=device,
-        num_lanes=min(torch.get_num_threads(), MAX_LANES),
+        num_lanes=num_cores // -(-num_cores // MAX_LANES),
     )
 
 
@@ -128,7 +131,7 @@ def _try_engine(
     shape = (spec.num_channels, spec.crop_size, spec.crop_size)
     device = torch.device("cpu")
     try:
-        check_engine(name, _PRECISIONS[precision], device)
+        check_engine(name, _PRECISIONS[precision], device, spelled=get_args(InferencePrecision))
         engine = make_named_engine(network, name, precision=precision, device=device)
         size = choose_batch_size(engine, shape, num_images=0, device=device)
         images = torch.randn(size, *shape, generator=generator_for(0))
@@ -159,6 +162,9 @@ def _seconds(engine: Engine, images: Tensor) -> float:
     """Return how long a batch takes in each lane, all of them at work."""
     num_lanes = count_lanes(engine)
     started = time.perf_counter()
-    for outputs in run_in_lanes(iter([images] * num_lanes), engine, num_lanes=num_lanes):
+    batches = iter([images] * num_lanes)
+    for outputs in run_in_lanes(
+        batches, engine, num_lanes=num_lanes, cores_each=count_cores(engine)
+    ):
         outputs.cpu()  # A device has computed what lies on the CPU.
     return time.perf_counter() - started

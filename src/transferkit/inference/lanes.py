@@ -9,26 +9,29 @@ from itertools import islice
 from typing import TypeVar
 
 from transferkit.data.workers import start_threads
-from transferkit.models.engine_facts import cores_of_a_lane
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
 def run_in_lanes(
-    items: Iterator[_Item], run: Callable[[_Item], _Result], *, num_lanes: int
+    items: Iterator[_Item],
+    run: Callable[[_Item], _Result],
+    *,
+    num_lanes: int,
+    cores_each: int = 1,
 ) -> Iterator[_Result]:
     """Run a function on items, several at a time, and yield what it gives in their order.
 
     The iterator of the items is advanced in the caller's thread, by one item more than are run
-    at a time. In each of the threads PyTorch computes with its share of the caller's cores. They
-    have ended when this iterator has, or is closed. An error of the function or of the items
-    comes when its turn does.
+    at a time. The threads have ended when this iterator has, or is closed. An error of the
+    function or of the items comes when its turn does.
 
     Args:
         items: The items; they may be endless.
         run: What makes a result of one.
         num_lanes: How many are run at a time; 1 runs them in the caller's thread.
+        cores_each: With how many cores PyTorch computes in each of several threads.
 
     Yields:
         The results.
@@ -36,7 +39,7 @@ def run_in_lanes(
     if num_lanes == 1:
         yield from map(run, items)
         return
-    pool = start_threads(num_lanes, cores_each=cores_of_a_lane(num_lanes))
+    pool = start_threads(num_lanes, cores_each=cores_each)
     waiting: deque[Future[_Result]] = deque()
     error: Exception | None = None
     try:

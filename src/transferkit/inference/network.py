@@ -18,6 +18,7 @@ from transferkit.inference.engine_choice import (
     make_named_engine,
 )
 from transferkit.models import Classifier
+from transferkit.models.conversion import ConvertedEngine
 from transferkit.models.engines import (
     DEFAULT_BATCH_SIZE,
     Engine,
@@ -123,7 +124,16 @@ class Network:
             return self._engine_for_few
 
     def _make(self, name: EngineName) -> Engine:
-        return make_named_engine(self._part, name, precision=self.precision, device=self.device)
+        engine = make_named_engine(self._part, name, precision=self.precision, device=self.device)
+        if isinstance(engine, ConvertedEngine):
+            engine.prepare(self._shape)  # Here rather than in a lane, with its share of the cores.
+        return engine
+
+    @property
+    def _shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images."""
+        spec = self.model.preprocess
+        return spec.num_channels, spec.crop_size, spec.crop_size
 
     def batch_size_for(self, engine: Engine | None, total: int | None) -> int:
         """Return the batch size that suits an engine, by trying where that pays.
@@ -132,12 +142,10 @@ class Network:
             engine: What `engine_for` gave.
             total: How many pictures will come; None where nobody knows.
         """
-        spec = self.model.preprocess
-        shape = (spec.num_channels, spec.crop_size, spec.crop_size)
         if engine is None:
             return DEFAULT_BATCH_SIZE
         with self._lock:  # Trying sizes runs the engine.
-            return choose_batch_size(engine, shape, num_images=total or 0, device=self.device)
+            return choose_batch_size(engine, self._shape, num_images=total or 0, device=self.device)
 
     def run(self, engine: Engine | None, images: Tensor) -> Tensor:
         """Return the logits of images, or their features.

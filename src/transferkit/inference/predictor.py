@@ -56,8 +56,9 @@ DEFAULT_TOP_K = 5
 class Predictor:
     """Predict the classes of pictures, with the preprocessing that the model was trained with.
 
-    Several threads may predict with one predictor at a time. OpenVINO and ONNX Runtime compute
-    for as many of them as there are cores; PyTorch for one after the other.
+    Several threads may predict with one predictor at a time. On the CPU an engine computes for
+    as many of them as there are cores, up to 16; the model itself, which "auto" runs until it
+    has chosen an engine, for one after the other.
 
     Args:
         model: The classifier. It is moved to `device` and stays in the mode that it is in;
@@ -325,7 +326,9 @@ class Predictor:
                 pattern, or an iterable of what `predict` takes; it may be endless.
             top_k: As for `predict`.
             batch_size: Pictures that go through the network together, at least 1; "auto"
-                takes what suits the engine. It changes the last bits of the results only.
+                takes what suits the engine. It changes the last bits of the results only. On
+                the CPU a batch is computed by a share of the cores, so that fewer batches than
+                cores leave some idle.
             on_error: What comes of a picture that cannot be read: "raise" raises its error
                 when its turn comes, "record" gives a `Failure` in its place, "skip" leaves it
                 out.

@@ -20,7 +20,7 @@ from transferkit.inference.lanes import run_in_lanes
 from transferkit.inference.network import Network
 from transferkit.inference.pipeline import Batch, make_batches, read_ahead
 from transferkit.inference.prediction import Failure
-from transferkit.models.engines import Engine, count_lanes
+from transferkit.models.engines import Engine, count_cores, count_lanes
 
 _MAX_WORKERS = 16
 _FEW = 8
@@ -121,7 +121,7 @@ def _run(
         work.read,
         hold=lambda source: hold_source(source, work.preprocess),
         num_workers=num_workers,
-        num_ahead=2 * size,
+        num_ahead=2 * max(size, num_workers),
     )
     is_one = total is not None and total <= size
     with closing(pairs):  # type: ignore[type-var]
@@ -129,6 +129,7 @@ def _run(
             make_batches(pairs, size, on_error),
             lambda batch: work.finish(engine, batch),
             num_lanes=1 if is_one else count_lanes(engine),
+            cores_each=count_cores(engine),
         )
         with closing(found):  # type: ignore[type-var]
             for results in found:

@@ -34,7 +34,7 @@ class ConvertedEngine:
         prefix: The network, from images `(N, C, H, W)` to `(N, ...)`; it is not changed.
         precision: What is computed in, "float32" or "bfloat16".
         num_lanes: How many threads may call it at a time and are computed for side by side,
-            each by its share of the cores that PyTorch has now.
+            each by `cores_each`, its share of the cores that PyTorch has now.
     """
 
     library: ClassVar[str]
@@ -44,6 +44,8 @@ class ConvertedEngine:
         self._network = copy.deepcopy(prefix).eval().requires_grad_(False)
         self._precision = precision
         self.num_lanes: int = num_lanes
+        self.num_cores: int = max(torch.get_num_threads(), num_lanes)
+        self.cores_each: int = self.num_cores // num_lanes
         self._lock = threading.Lock()
         self._runs: dict[tuple[int, ...], Run] = {}
 
@@ -54,11 +56,22 @@ class ConvertedEngine:
             BackboneError: The network cannot be converted, or gives other values after it.
         """
         shape = tuple(images.shape[1:])
+        self.prepare(shape)
+        return self._runs[shape](images)
+
+    def prepare(self, shape: tuple[int, ...]) -> None:
+        """Convert the network for images of a shape, if that has not been done.
+
+        Args:
+            shape: (C, H, W).
+
+        Raises:
+            BackboneError: As for a call.
+        """
         if shape not in self._runs:
             with self._lock, torch.no_grad(), torch.autocast("cpu", enabled=False):
                 if shape not in self._runs:  # Else another thread was here first.
                     self._runs[shape] = self._prepare(shape)
-        return self._runs[shape](images)
 
     def describe(self) -> dict[str, Any]:
         """Return all that can change the bits of its results, as plain JSON data."""

@@ -42,11 +42,6 @@ def cpu_capabilities() -> Mapping[str, Any]:
     return {}
 
 
-def cores_of_a_lane(num_lanes: int) -> int:
-    """Return the share of one of so many lanes of the cores that PyTorch uses in this thread."""
-    return max(1, torch.get_num_threads() // num_lanes)
-
-
 def describe_processor(device: torch.device) -> str:
     """Name what decides which kernels run on a device, and so the last bits of results.
 

@@ -108,18 +108,31 @@ def count_lanes(engine: Engine | None) -> int:
     return engine.num_lanes if isinstance(engine, (ConvertedEngine, PyTorchEngine)) else 1
 
 
-def check_engine(engine: EngineName, precision: Precision, device: torch.device) -> None:
+def count_cores(engine: Engine | None) -> int:
+    """Return with how many cores each of several lanes of an engine computes."""
+    return engine.cores_each if isinstance(engine, (ConvertedEngine, PyTorchEngine)) else 1
+
+
+def check_engine(
+    engine: EngineName,
+    precision: Precision,
+    device: torch.device,
+    *,
+    spelled: tuple[str, str] = ("float32", "bfloat16"),
+) -> None:
     """Pass over an engine and a precision that work on a device of this machine.
 
     Args:
         engine: The engine's name.
         precision: What it computes in.
         device: Where it runs.
+        spelled: What the caller's caller writes for the two precisions.
 
     Raises:
         ConfigError: There is no such engine or precision, or not on this device.
         MissingDependencyError: OpenVINO or ONNX Runtime is not installed.
     """
+    full, half = spelled
     for name, value, kind in (("engine", engine, EngineName), ("precision", precision, Precision)):
         check_choice(name, value, get_args(kind))
     if engine != "pytorch" and device.type != "cpu":
@@ -129,8 +142,8 @@ def check_engine(engine: EngineName, precision: Precision, device: torch.device)
         )
     if engine == "onnxruntime" and precision != "float32":
         raise ConfigError(
-            f'engine="onnxruntime" computes in float32, found precision="{precision}". Take '
-            f'precision="float32", or another engine.'
+            f'engine="onnxruntime" computes in float32, found precision="{half}". Take '
+            f'precision="{full}", or another engine.'
         )
     if engine == "openvino":
         import_openvino()
@@ -138,10 +151,10 @@ def check_engine(engine: EngineName, precision: Precision, device: torch.device)
         import_onnx()
     if precision == "bfloat16" and not has_bfloat16(device):
         raise ConfigError(
-            f'precision="bfloat16" needs a processor with instructions for it (AVX512-BF16, AMX '
+            f'precision="{half}" needs a processor with instructions for it (AVX512-BF16, AMX '
             f"or Arm BF16; a GPU from compute capability 8.0 on), which `{device}` of this machine "
             f"lacks: imitating them would be up to hundreds of times slower. Take "
-            f'precision="float32".'
+            f'precision="{full}".'
         )
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from transferkit._seeding import generator_for, seeded_torch
+from transferkit._seeding import generator_for
 from transferkit.models.conversion import relative_difference
 from transferkit.models.folding import TIMM_CONVOLUTION
 from transferkit.models.tracing import (
@@ -155,11 +155,16 @@ def has_fused_convolutions() -> bool:
     """
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
+    draw = functools.partial(torch.randn, generator=generator_for(0), dtype=torch.float32)
     # Far enough from 0 for the activation to cut off on both sides.
-    images = 20 * torch.randn(2, 8, 9, 9, generator=generator_for(0))
+    images = 5 * draw(2, 8, 9, 9)
+    convolution = nn.Conv2d(8, 16, 3, stride=2, padding=1, groups=2, device="meta")
+    convolution.weight, convolution.bias = (
+        nn.Parameter(draw(each.shape), requires_grad=False) for each in convolution.parameters()
+    )
     try:
-        with torch.no_grad(), seeded_torch(0, torch.device("cpu")):
-            convolution = nn.Conv2d(8, 16, 3, stride=2, padding=1, groups=2)
+        # Whatever the caller computes in.
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
             found = FusedConvolution(convolution, nn.ReLU6())(images)
             expected = functional.relu6(convolution(images))
     except Exception:  # Another version of PyTorch may raise anything.

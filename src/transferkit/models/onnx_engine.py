@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from transferkit.errors import missing_dependency
 from transferkit.models.conversion import NUM_TRACED, ConvertedEngine, Run
-from transferkit.models.engine_facts import cores_of_a_lane, describe_processor
+from transferkit.models.engine_facts import describe_processor
 
 ONNX_OPSET = 18
 """The version of ONNX's operators, of which PyTorch's newer exporter writes none below.
@@ -60,8 +60,7 @@ class ONNXRuntimeEngine(ConvertedEngine):
         }
 
     def _compile(self, shape: tuple[int, ...]) -> Run:
-        network = convert_to_onnx(self._network, shape)
-        return open_onnx(network, num_threads=cores_of_a_lane(self.num_lanes))
+        return open_onnx(convert_to_onnx(self._network, shape), num_threads=self.cores_each)
 
 
 def convert_to_onnx(

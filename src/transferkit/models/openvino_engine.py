@@ -59,7 +59,9 @@ class OpenVINOEngine(ConvertedEngine):
 
     def _compile(self, shape: tuple[int, ...]) -> Run:
         model = convert_to_openvino(self._network, shape)
-        return compile_openvino(model, self._precision, num_lanes=self.num_lanes)
+        return compile_openvino(
+            model, self._precision, num_lanes=self.num_lanes, num_threads=self.num_cores
+        )
 
 
 def convert_to_openvino(network: nn.Module, shape: tuple[int, ...]) -> Any:
@@ -92,20 +94,23 @@ def read_openvino(graph: Path, weights: Path) -> Any:
     return _core().read_model(graph.read_bytes(), weights.read_bytes())
 
 
-def compile_openvino(model: Any, precision: str = "float32", *, num_lanes: int = 1) -> Run:
-    """Compile an `openvino.Model` for the CPU, with as many threads as PyTorch has now.
+def compile_openvino(
+    model: Any, precision: str = "float32", *, num_lanes: int = 1, num_threads: int | None = None
+) -> Run:
+    """Compile an `openvino.Model` for the CPU.
 
     Args:
         model: The model.
         precision: "float32" or "bfloat16".
         num_lanes: How many calls compute side by side, each with its share of the threads.
+        num_threads: The threads of all of them; None takes as many as PyTorch has now.
 
     Returns:
         What runs it; several threads may call it, and wait where no lane is free.
     """
     options: dict[str, Any] = {
         "INFERENCE_PRECISION_HINT": _HINTS[precision],
-        "INFERENCE_NUM_THREADS": max(torch.get_num_threads(), num_lanes),
+        "INFERENCE_NUM_THREADS": num_threads or max(torch.get_num_threads(), num_lanes),
     }
     if num_lanes == 1:
         options["PERFORMANCE_HINT"] = "LATENCY"  # All threads at one batch.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -12,8 +14,38 @@ from torch.nn.modules.batchnorm import _BatchNorm
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
+_PATCHED = frozenset({"forward", "_conv_forward"})
+"""Methods that computation goes through; a module may have its own, whatever its class is."""
+
+_tracing = threading.Lock()
+
+
 class _LayerTracer(fx.Tracer):
-    """Trace how layers are called one after the other, without looking into them."""
+    """Trace how layers are called one after the other, without looking into them.
+
+    Meanwhile `torch.fx` has all modules of the process call the tracer, in whatever thread. Those
+    of other threads run as ever.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
+    def call_module(
+        self,
+        m: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         is_layer = isinstance(m, (*CONVOLUTIONS, _BatchNorm))
@@ -43,7 +75,8 @@ class TracedPart:
             return None
         module = self._modules[str(node.target)]
         has_hooks = module._forward_hooks or module._forward_pre_hooks
-        return None if has_hooks or id(module) in self._shared else module
+        is_patched = not _PATCHED.isdisjoint(vars(module))
+        return None if has_hooks or is_patched or id(module) in self._shared else module
 
     def follower(self, node: fx.Node) -> fx.Node | None:
         """Return the call of a layer that alone sees what another one gives, and sees no more."""
@@ -62,7 +95,9 @@ def trace_parts(network: nn.Module) -> Iterator[TracedPart]:
     """
     try:
         # Of a copy: what a forward pass keeps in its modules would be stand-ins afterwards.
-        nodes = list(_LayerTracer().trace(copy_modules(network)).nodes)
+        copied = copy_modules(network)
+        with _tracing:  # Two at a time would not put back what they have changed.
+            nodes = list(_LayerTracer().trace(copied).nodes)
     except Exception:  # Whatever Python a forward pass runs on a stand-in for a tensor.
         # What stands in several of its parts may be called by each of them.
         shared = _find_shared(network)
