@@ -459,9 +459,17 @@ class Sum(nn.Module):
         return images.sum(dim=(0, 2, 3))[:2]
 
 
-@pytest.mark.parametrize(("network", "found"), [(Pair(), "tuple"), (Sum(), "the shape (2,)")])
-def test_networks_give_one_tensor_with_a_row_for_each_image(network: nn.Module, found: str) -> None:
-    message = f"The network should give one tensor with a row for each of 2 images, found {found}."
+@pytest.mark.parametrize(
+    # The first two images are looked at by themselves.
+    ("network", "count", "found"),
+    [(Pair(), 2, "tuple"), (Sum(), 3, "the shape (2,)")],
+)
+def test_networks_give_one_tensor_with_a_row_for_each_image(
+    network: nn.Module, count: int, found: str
+) -> None:
+    message = (
+        f"The network should give one tensor with a row for each of {count} images, found {found}."
+    )
     with pytest.raises(BackboneError, match=f"^{re.escape(message)}$"):
         make_engine(network, device=CPU)(noise())
 
