@@ -9,6 +9,8 @@ from threading import Barrier
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from transferkit.data import ImageSplits
 from transferkit.inference import ClassProbability, Failure, Prediction, Predictor
@@ -25,11 +27,15 @@ class WatchedPredictor(Predictor):
         self.seen: list[str] = []
         self.stop_after: int | None = None
         self.stop_by: BaseException = KeyboardInterrupt()
+        run = self._network.run
+
+        def run_one_by_one(engine: Any, images: Tensor) -> Tensor:
+            return torch.cat([run(engine, image[None]) for image in images])
+
+        # A run that goes on puts pictures into other batches: so they have the same bits in all.
+        self._network.run = run_one_by_one  # type: ignore[method-assign]
 
     def predict_many(self, images: Any, **options: Any) -> Iterator[Any]:
-        # One by one, pictures have the same bits in a run that goes on as in one that did not stop.
-        if options.get("batch_size", "auto") == "auto":
-            options["batch_size"] = 1
         return self._watch(super().predict_many(self._note(images), **options))
 
     def _note(self, images: Any) -> Iterator[Any]:

@@ -39,7 +39,7 @@ def test_rows_are_the_predictions_in_their_order(
 ) -> None:
     out = tmp_path / "found.csv"
     report = predict_to_file(watched, pictures, out)
-    expected = list(Predictor.predict_many(watched, pictures, batch_size=1))
+    expected = list(Predictor.predict_many(watched, pictures))
     rows = read(out)
     assert [row["path"] for row in rows] == [str(path) for path in pictures]
     for row, prediction in zip(rows, expected, strict=True):

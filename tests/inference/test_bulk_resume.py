@@ -52,7 +52,7 @@ def stop(watched: Any, pictures: Any, out: Path, *, after: int, **options: Any) 
     """Run until Ctrl-C."""
     watched.stop_after = after
     with pytest.raises(KeyboardInterrupt):
-        predict_to_file(watched, pictures, out, **options)
+        predict_to_file(watched, pictures, out, batch_size=4, **options)
     watched.stop_after = None
     watched.seen.clear()
 
@@ -187,13 +187,13 @@ def test_a_copy_of_a_damaged_file_keeps_its_own_error(
     inputs = [damaged, *pictures[:3], copy, *pictures[3:]]
     watched.stop_after = 6
     with pytest.raises(KeyboardInterrupt):
-        predict_to_file(watched, inputs, out)
+        predict_to_file(watched, inputs, out, batch_size=1)
     watched.stop_after = None
     lines = [json.loads(line) for line in journal.read_text().splitlines()[1:]]
     assert [line["record"] is None for line in lines if line["path"] == str(copy)] == [True]
-    report = predict_to_file(watched, inputs, out, resume=True)
+    report = predict_to_file(watched, inputs, out, resume=True, batch_size=1)
     assert (report.num_failed, report.num_resumed) == (2, 5)
-    predict_to_file(watched, inputs, tmp_path / "whole.csv")
+    predict_to_file(watched, inputs, tmp_path / "whole.csv", batch_size=1)
     assert out.read_bytes() == (tmp_path / "whole.csv").read_bytes()
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from transferkit.data.workers import start_threads
 from transferkit.errors import BackboneError, ConfigError, MissingDependencyError
+from transferkit.inference.engine_choice import check_choice_of_engine
 from transferkit.inference.lanes import run_in_lanes
 from transferkit.models import build_model, engine_facts, engines
 from transferkit.models.engines import (
@@ -365,9 +366,48 @@ def test_an_engine_is_made_while_others_compute() -> None:
     assert nn.Module.__call__ is call
 
 
-def test_names_of_precisions_are_the_callers() -> None:
-    with pytest.raises(ConfigError, match=r'found precision="bf16"\. Take precision="fp32"'):
-        engines.check_engine("onnxruntime", "bfloat16", CPU, spelled=("fp32", "bf16"))
+def test_names_of_precisions_are_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_facts, "cpu_capabilities", dict)
+    for engine, message in (
+        (
+            "onnxruntime",
+            'engine="onnxruntime" computes in float32, found precision="bf16". Take '
+            'precision="fp32", or another engine.',
+        ),
+        (
+            "auto",
+            'precision="bf16" needs a processor with instructions for it (AVX512-BF16, AMX or Arm '
+            "BF16; a GPU from compute capability 8.0 on), which `cpu` of this machine lacks: "
+            "imitating them would be up to hundreds of times slower. Take "
+            'precision="fp32".',
+        ),
+    ):
+        with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+            check_choice_of_engine(engine, "bf16", CPU)
+
+
+@pytest.mark.parametrize("num_lanes", [1, 2])
+def test_an_engine_whose_first_call_was_interrupted_goes_on(num_lanes: int) -> None:
+    network = Noting(make_network())
+    engine = make_engine(network, device=CPU, num_lanes=num_lanes)
+    calls = iter(range(2))
+
+    def interrupt(*_: Any) -> None:
+        if next(calls, None) == 1:  # The one of the network with fewer layers.
+            raise KeyboardInterrupt
+
+    with start_threads(1) as pool:  # As a lane is.
+        handle = nn.modules.module.register_module_forward_pre_hook(
+            lambda module, _: interrupt() if isinstance(module, Noting) else None
+        )
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                pool.submit(engine, noise()).result()
+        finally:
+            handle.remove()
+        found = [pool.submit(engine, noise()).result(timeout=60) for _ in range(3)]
+    for each in found:
+        assert_close(each, evaluate(network, noise()))
 
 
 class Switch(nn.Module):

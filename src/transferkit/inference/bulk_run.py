@@ -29,7 +29,8 @@ _NOT_YET = -1
 class BulkRun:
     """Predict pictures into a journal, and read from it what belongs into the output.
 
-    Of a picture that is done, only its offset in the journal stays in memory.
+    Of a picture that is done, only its offset in the journal stays in memory. A predictor of
+    another class may draw the pictures in a thread, so that all state is changed under a lock.
 
     Args:
         predictor: What predicts.

@@ -13,17 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from transferkit.data.workers import start_threads
-from transferkit.models.conversion import relative_difference
-from transferkit.models.engine_facts import (
-    describe_float32,
-    describe_processor,
-    one_tensor,
-)
+from transferkit.models.conversion import TOLERANCES, relative_difference
+from transferkit.models.engine_facts import describe_float32, describe_processor, one_tensor
 from transferkit.models.folding import count_batch_norms, fold_batch_norms
 from transferkit.models.fusing import fuse_convolutions
 from transferkit.models.tracing import copy_modules
 
-_TOLERANCES = {"float32": 1e-4, "bfloat16": 0.1}
 _ACCELERATED = 0.02
 """The tolerance in float32 on accelerators, which may multiply with fewer bits."""
 _NUM_COMPARED = 2
@@ -60,20 +55,21 @@ class PyTorchEngine:
         self._num_kept = count - self._num_folded
         can_fuse = device.type == "cpu" and precision == "float32"
         self._num_fused = fuse_convolutions(network) if can_fuse else 0
-        self._networks: SimpleQueue[nn.Module] = SimpleQueue()
-        self._fill(network)
+        self._networks: SimpleQueue[nn.Module] = self._make_lanes(network)
         self._lock = threading.Lock()
         self._caller: tuple[int, ThreadPoolExecutor] | None = None
 
-    def _fill(self, network: nn.Module) -> None:
-        """Let the lanes run a network, which is laid out with the channels last."""
+    def _make_lanes(self, network: nn.Module) -> SimpleQueue[nn.Module]:
+        """Lay a network out with the channels last, and return it and its copies for the lanes."""
         for parameter in network.parameters():
             if parameter.dim() == 4:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         # Each lane has modules of its own, since forward passes may keep state in them; the
         # weights are shared.
+        lanes: SimpleQueue[nn.Module] = SimpleQueue()
         for each in (network, *(copy_modules(network) for _ in range(self.num_lanes - 1))):
-            self._networks.put(each)
+            lanes.put(each)
+        return lanes
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return float32 `(N, ...)`, on the device, for images float32 `(N, C, H, W)`.
@@ -97,11 +93,7 @@ class PyTorchEngine:
         ready = images.to(self._device, torch.float32, memory_format=torch.channels_last)
         if self._original is not None:
             self._compare(ready[:_NUM_COMPARED])
-        network = self._networks.get()
-        try:
-            return self._run(network, ready)
-        finally:
-            self._networks.put(network)
+        return self._run_free(ready)
 
     def _compare(self, images: Tensor) -> None:
         """Let the network run as it is, unless with fewer layers it gives the same."""
@@ -110,23 +102,27 @@ class PyTorchEngine:
                 return
             original = self._original
             expected = self._run(original, images)
-            network = self._networks.get()
-            found = self._try_run(network, images)
-            self._networks.put(network)
-            allowed = _TOLERANCES[self._precision]
+            found = self._try_run(images)
+            allowed = TOLERANCES[self._precision]
             if self._device.type != "cpu":
                 allowed = max(allowed, _ACCELERATED)
             if found is None or not relative_difference(found, expected) <= allowed:
-                for _ in range(self.num_lanes):
-                    self._networks.get()
-                self._fill(original)
+                self._networks = self._make_lanes(original)  # Nobody has taken one yet.
             self._original = None
 
-    def _try_run(self, network: nn.Module, images: Tensor) -> Tensor | None:
+    def _try_run(self, images: Tensor) -> Tensor | None:
         try:
-            return self._run(network, images)
+            return self._run_free(images)
         except Exception:  # Layers that are not there any more, in a forward pass of any kind.
             return None
+
+    def _run_free(self, images: Tensor) -> Tensor:
+        """Run the network of a lane that is free."""
+        network = self._networks.get()
+        try:
+            return self._run(network, images)
+        finally:
+            self._networks.put(network)
 
     def _run(self, network: nn.Module, images: Tensor) -> Tensor:
         lowered = torch.autocast(
