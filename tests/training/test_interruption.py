@@ -144,7 +144,6 @@ def surroundings() -> dict[str, Any]:
         "warnings": list(warnings.filters),
         "grad": torch.is_grad_enabled(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "alive": {each.name for each in threading.enumerate()},
     }
 
 
@@ -161,13 +160,14 @@ def test_the_surroundings_are_as_before(make: Make, tmp_path: Path, ending: str)
         "signal": [SignalAfter(signal.SIGINT, 2)],
     }
     trainer = make(checkpoints=tmp_path, callbacks=callbacks[ending], num_workers=1)
-    before = surroundings()
+    before, threads = surroundings(), set(threading.enumerate())
     if ending == "error":
         with pytest.raises(RuntimeError, match="of the callback"):
             trainer.fit(1)
     else:
         trainer.fit(1)
     assert surroundings() == before
+    assert set(threading.enumerate()) <= threads  # Others' may end meanwhile.
 
 
 def test_a_fit_in_another_thread(make: Make, tmp_path: Path) -> None:
